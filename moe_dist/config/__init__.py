@@ -1,0 +1,6 @@
+"""The one typed config tree: schema, rules across keys, loading, and explanation."""
+
+from moe_dist.config.load import load_config, parse_config
+from moe_dist.config.schema import Config, ModelConfig, MoEConfig
+
+__all__ = ["Config", "ModelConfig", "MoEConfig", "load_config", "parse_config"]

@@ -1,0 +1,190 @@
+"""The config tree: every key with its type, unit, default and meaning. Frozen and strict; it holds no behaviour.
+
+Rules that join several keys are in `rules.py`; reading files and overrides is in `load.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen section of the tree that refuses unknown keys and silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def key(default: Any, meaning: str, unit: str = "", **rules: Any) -> Any:
+    """Declares a config key: default (`...` means required), meaning, unit and pydantic's own range rules."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
+
+
+def section(kind: type[Section], meaning: str) -> Any:
+    """Declares a nested section that exists even when the file does not mention it."""
+    return Field(default_factory=kind, description=meaning)
+
+
+class RunConfig(Section):
+    dir: str = key("runs/default", "Directory of this run: resolved config, metrics, checkpoints, logs.", "path")
+    log_every_steps: int = key(1, "A line of metrics is shown every so many steps.", "steps", ge=1)
+
+
+class TokenizerConfig(Section):
+    path: str | None = key(None, "A tokenizer.json to use; null trains a byte-level BPE on the input.", "path")
+    train_bytes: int = key(16_000_000, "The tokenizer is trained on at most this much text.", "bytes", ge=1_000)
+
+
+class DataConfig(Section):
+    input: str = key(
+        "python-library",
+        "A folder or file (.txt .md .py ..., .jsonl, .jsonl.zst, .parquet), or `python-library`: the sources of the "
+        "interpreter's own library.",
+        "path",
+    )
+    dir: str = key("runs/data", "Where built shards go, each build in a folder named by its fingerprint.", "path")
+    suffixes: tuple[str, ...] = key(
+        (".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".js", ".ts", ".java", ".go", ".rs")
+        + (".sh", ".rb", ".tex", ".org"),
+        "Endings of the files in a folder that are read as plain text.",
+        strict=False,
+    )
+    text_field: str = key("text", "Field of a .jsonl or .parquet record that holds its text.")
+    unreadable: Literal["error", "skip"] = key(
+        "error", "What a file or record that cannot be read does: stop, or be listed in the manifest and left out."
+    )
+    holdout_fraction: float = key(
+        0.03, "Share of documents, chosen by a hash of their path, kept for evaluation.", "fraction", gt=0, lt=0.5
+    )
+    shard_bytes: int = key(2_000_000, "Text that goes into one shard.", "bytes", ge=10_000)
+    sequence_length_tokens: int = key(256, "Length of a training row.", "tokens", ge=2)
+    tokenizer: TokenizerConfig = section(TokenizerConfig, "The tokenizer.")
+
+
+class MoEConfig(Section):
+    num_experts: int = key(8, "Routed experts of a layer.", "experts", ge=2)
+    top_k: int = key(2, "Experts that each token is sent to.", "experts", ge=1)
+    expert_width: int = key(256, "Inner width of a routed expert.", "channels", ge=1)
+    shared_expert_width: int = key(256, "Inner width of the expert every token passes; 0 for none.", "channels", ge=0)
+    normalize_gates: bool = key(True, "Gate weights of a token's chosen experts sum to one (before `gate_scale`).")
+    gate_scale: float = key(1.0, "Factor on the gate weights.", gt=0)
+    capacity_factor: float | None = key(
+        None, "Rows an expert takes, as a multiple of an even share, in training; null drops nothing.", gt=0
+    )
+    capacity_factor_eval: float | None = key(None, "The same in evaluation and generation.", gt=0)
+    min_capacity: int = key(1, "An expert takes at least this many rows of a capacity group.", "rows", ge=1)
+    capacity_group: Literal["sequence"] = key(
+        "sequence", "Tokens that share a capacity: those of one sequence, so that drops do not depend on the layout."
+    )
+    drop_policy: Literal["probability", "position"] = key(
+        "probability", "Who loses when an expert is full: the least probable tokens, or the latest ones."
+    )
+    renormalize_after_drop: bool = key(False, "After drops, the remaining gate weights of a token sum as before.")
+    balance_loss: float = key(0.01, "Coefficient of the load-balancing loss (Switch form).", ge=0)
+    balance_scope: Literal["sequence", "global"] = key(
+        "sequence", "Tokens over which balance is asked for: each sequence, or the whole global batch (exact)."
+    )
+    z_loss: float = key(0.001, "Coefficient of the router z-loss.", ge=0)
+    backend: Literal["auto", "grouped", "loop"] = key(
+        "auto", "How the experts multiply: F.grouped_mm, a loop of matrix products, or by what the device is good at."
+    )
+
+
+class ModelConfig(Section):
+    vocab_size: int = key(2048, "Rows of the embedding; a tokenizer trained by us has this size.", "tokens", ge=258)
+    num_layers: int = key(4, "Decoder blocks.", "layers", ge=1)
+    num_dense_layers: int = key(0, "Leading blocks with a dense feed-forward in place of experts.", "layers", ge=0)
+    width: int = key(256, "Width of the residual stream.", "channels", ge=2)
+    num_heads: int = key(4, "Query heads.", "heads", ge=1)
+    num_kv_heads: int = key(2, "Key/value heads; each serves an equal group of query heads.", "heads", ge=1)
+    head_width: int = key(64, "Width of a head; even, for the rotary embedding.", "channels", ge=2)
+    ffn_width: int = key(704, "Inner width of the dense feed-forward.", "channels", ge=1)
+    rope_theta: float = key(10_000.0, "Base of the rotary embedding.", gt=1)
+    norm_eps: float = key(1e-5, "Epsilon inside RMSNorm.", gt=0)
+    tie_embeddings: bool = key(True, "The output projection is the embedding itself.")
+    init_std: float = key(0.02, "Standard deviation of initial weights; residual outputs are scaled down.", gt=0)
+    moe: MoEConfig = section(MoEConfig, "The mixture-of-experts layer.")
+
+
+class ParallelConfig(Section):
+    expert: int | None = key(
+        None,
+        "Ranks that share one copy of the experts. null takes the largest divisor of the rank count that is not "
+        "above the number of experts.",
+        "ranks",
+        ge=1,
+    )
+
+
+class TrainConfig(Section):
+    steps: int = key(100, "Optimizer updates of the whole run.", "steps", ge=1)
+    global_batch_sequences: int = key(16, "Sequences in one optimizer update, over all ranks.", "sequences", ge=1)
+    micro_batch_sequences: int = key(
+        16, "Most sequences a rank takes through the model at once; more are accumulated.", "sequences", ge=1
+    )
+    precision: Literal["fp32", "bf16", "fp64"] = key(
+        "fp32", "Arithmetic: fp32, bf16 autocast over fp32 weights, or fp64 (for proofs)."
+    )
+    clip_norm: float | None = key(1.0, "Gradients are scaled down to this global norm; null does not clip.", gt=0)
+    threads_per_rank: int | None = key(
+        None, "CPU threads of a rank; null shares the machine's cores evenly.", "threads", ge=1
+    )
+
+
+class OptimizerConfig(Section):
+    lr: float = key(1e-3, "Peak learning rate of AdamW.", gt=0)
+    min_lr_fraction: float = key(0.1, "The cosine ends at this share of the peak.", "fraction", ge=0, le=1)
+    warmup_steps: int = key(10, "Steps of linear warm-up.", "steps", ge=0)
+    beta1: float = key(0.9, "Decay of AdamW's first moment.", ge=0, lt=1)
+    beta2: float = key(0.95, "Decay of AdamW's second moment.", ge=0, lt=1)
+    eps: float = key(1e-8, "AdamW's epsilon.", gt=0)
+    weight_decay: float = key(0.1, "Decoupled decay of matrices; vectors and embeddings have none.", ge=0)
+
+
+class EvaluateConfig(Section):
+    every_steps: int = key(0, "Evaluate every so many steps; 0 only before and after training.", "steps", ge=0)
+    sequences: int = key(64, "Held-out rows that are scored, from the start of the held-out text.", "sequences", ge=1)
+
+
+class GenerateConfig(Section):
+    prompts: tuple[str, ...] = key(
+        ("def ", "class ", "import "), "Beginnings that the samples at the end of a run continue.", strict=False
+    )
+    max_new_tokens: int = key(128, "Length of a sample.", "tokens", ge=1)
+    temperature: float = key(0.8, "Divides the logits; 0 takes the most probable token.", ge=0)
+    top_k: int = key(50, "Sample among so many most probable tokens; 0 among all.", "tokens", ge=0)
+
+
+class CheckpointConfig(Section):
+    every_steps: int = key(50, "Save every so many steps, and at the end.", "steps", ge=1)
+    keep: int = key(2, "Newest checkpoints that are kept.", "checkpoints", ge=1)
+
+
+class LaunchConfig(Section):
+    workers: int = key(2, "Ranks of a Ray run.", "ranks", ge=1)
+    cpus_per_worker: float = key(1.0, "CPUs that Ray reserves for a rank.", "CPUs", gt=0)
+    gpus_per_worker: float | None = key(
+        None, "GPUs that Ray reserves for a rank; null takes one each where the cluster has enough.", "GPUs", ge=0
+    )
+    placement: Literal["pack", "spread", "strict_spread"] = key(
+        "pack", "Ranks on few nodes, on many, or each on its own."
+    )
+    max_failures: int = key(3, "Times that a failed group of workers is started again.", ge=0)
+    timeout_seconds: float = key(300.0, "A collective that takes longer fails the rank.", "seconds", gt=0)
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    seed: int = key(0, "Seed of initial weights, data order and sampling.", ge=0)
+    run: RunConfig = section(RunConfig, "Where a run lives.")
+    data: DataConfig = section(DataConfig, "Text, tokenizer, shards and rows.")
+    model: ModelConfig = section(ModelConfig, "The decoder.")
+    parallel: ParallelConfig = section(ParallelConfig, "How ranks share the work.")
+    train: TrainConfig = section(TrainConfig, "Steps and batches.")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "AdamW and its schedule.")
+    evaluate: EvaluateConfig = section(EvaluateConfig, "Held-out evaluation.")
+    generate: GenerateConfig = section(GenerateConfig, "Samples of text.")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
+    launch: LaunchConfig = section(LaunchConfig, "Processes.")

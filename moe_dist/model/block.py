@@ -1,0 +1,38 @@
+"""One decoder block: attention, then a dense or mixture-of-experts feed-forward, each on a normed residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moe_dist.config import ModelConfig
+from moe_dist.model.attention import Attention
+from moe_dist.model.feed_forward import FeedForward
+from moe_dist.model.norm import RMSNorm
+from moe_dist.moe.layer import MoELayer, MoERecord
+
+
+class Block(nn.Module):
+    """Pre-norm block. `feed_forward` is a `FeedForward` or a `MoELayer`."""
+
+    def __init__(self, config: ModelConfig, dense: bool) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
+        self.feed_forward = FeedForward(config.width, config.ffn_width) if dense else _moe_layer(config)
+
+    def forward(
+        self, x_BSD: Tensor, table: tuple[Tensor, Tensor], counted_BS: Tensor | None
+    ) -> tuple[Tensor, MoERecord | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table)
+        normed_BSD = self.feed_forward_norm(x_BSD)
+        if isinstance(self.feed_forward, MoELayer):
+            out_BSD, record = self.feed_forward(normed_BSD, counted_BS)
+            return x_BSD + out_BSD, record
+        return x_BSD + self.feed_forward(normed_BSD), None
+
+
+def _moe_layer(config: ModelConfig) -> MoELayer:
+    moe = config.moe
+    shared = FeedForward(config.width, moe.shared_expert_width) if moe.shared_expert_width else None
+    return MoELayer(config.width, moe, shared)

@@ -1,0 +1,47 @@
+"""Counting parameters and floating-point operations of the plain model.
+
+A multiply-add is two operations. Matrix products and attention are counted; norms, softmax and the like are not.
+Attention is counted causally: half of the S x S scores. Work that a capacity drops is still counted as asked for.
+Source: Chowdhery et al. 2022 (PaLM), appendix B, for "model FLOPs" (no recompute), here with the causal half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_dist.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters in total, and those that take part in one token's forward."""
+
+    total: int
+    active: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Counts from the config alone; equal to summing the model's parameters (tested)."""
+    moe, width = config.moe, config.width
+    heads = config.head_width * (2 * config.num_heads + 2 * config.num_kv_heads)
+    attention = width * heads + 2 * width
+    expert = 3 * width * moe.expert_width
+    beside = width * moe.num_experts + 3 * width * moe.shared_expert_width
+    dense = 3 * width * config.ffn_width
+    sparse_layers = config.num_layers - config.num_dense_layers
+    embedding = config.vocab_size * width * (1 if config.tie_embeddings else 2)
+    fixed = config.num_layers * attention + config.num_dense_layers * dense + sparse_layers * beside + embedding + width
+    return ParameterCounts(
+        total=fixed + sparse_layers * moe.num_experts * expert,
+        active=fixed + sparse_layers * moe.top_k * expert,
+    )
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward operations of one token in a row of `sequence_length` tokens."""
+    active = count_parameters(config).active
+    norms = config.width * (2 * config.num_layers + 1)
+    lookup = 0 if config.tie_embeddings else config.vocab_size * config.width
+    products = active - norms - lookup
+    scores = config.num_layers * config.num_heads * config.head_width * sequence_length
+    return 6.0 * products + 6.0 * scores

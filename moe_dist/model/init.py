@@ -1,0 +1,47 @@
+"""Initial weights: a function of (seed, global name) only, so that every layout starts from the same model.
+
+| parameter | initial value |
+|---|---|
+| norms | 1 |
+| embedding, router, query, key, value, gate_up, untied output | normal, `init_std` |
+| attention output, down projections (they write into the residual stream) | normal, `init_std / sqrt(2 * layers)` |
+
+Source: GPT-2 (Radford et al. 2019), section 2.3, for the scaling of residual outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from moe_dist.config import ModelConfig
+from moe_dist.model.naming import global_tensors
+from moe_dist.model.transformer import Transformer
+
+
+def initialise(model: Transformer, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Moves a model from `meta` to a device and fills every parameter held here.
+
+    Numbers are drawn on the CPU in fp32, one stream a global name, and then cast: the device plays no part in them.
+    """
+    model.to_empty(device=device)
+    model.to(dtype)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for piece in global_tensors(model):
+            target = piece.of(parameters[piece.parameter])
+            target.copy_(initial_value(piece.name, target.shape, model.config, seed))
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> torch.Tensor:
+    """The initial fp32 value of a globally named tensor, on the CPU."""
+    path = name.partition("#")[0]
+    if path.endswith("norm.weight"):
+        return torch.ones(shape)
+    writes_residual = path.endswith(("attention.output.weight", "down.weight", "experts.down"))
+    std = config.init_std / math.sqrt(2 * config.num_layers) if writes_residual else config.init_std
+    digest = hashlib.blake2b(f"{seed}|init|{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,55 @@
+"""The decoder. Shape letters: B batch, S sequence, D model width, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.config import ModelConfig
+from moe_dist.model.block import Block
+from moe_dist.model.norm import RMSNorm
+from moe_dist.model.rope import rope_table
+from moe_dist.moe.layer import MoELayer, MoERecord
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm, output projection (tied to the embedding or its own)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, i < config.num_dense_layers) for i in range(config.num_layers))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor, counted_BS: Tensor | None = None) -> tuple[Tensor, list[MoERecord]]:
+        """Runs the blocks.
+
+        Args:
+            tokens_BS: Token ids.
+            counted_BS: False for padding tokens, which no routed expert sees; None where every token counts.
+
+        Returns:
+            The normed final hidden state [B, S, D] and the record of every mixture-of-experts layer in order.
+        """
+        x_BSD = self.embedding(tokens_BS)
+        table = rope_table(tokens_BS.shape[1], self.config.head_width, self.config.rope_theta, x_BSD)
+        records = []
+        for block in self.blocks:
+            x_BSD, record = block(x_BSD, table, counted_BS)
+            if record is not None:
+                records.append(record)
+        return self.final_norm(x_BSD), records
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores over the vocabulary, [..., V], of hidden states [..., D]."""
+        return F.linear(hidden, self.embedding.weight if self.output is None else self.output.weight)
+
+    def moe_layers(self) -> Iterator[tuple[str, MoELayer]]:
+        """(name, layer) of every mixture-of-experts layer, in order."""
+        for name, module in self.named_modules():
+            if isinstance(module, MoELayer):
+                yield name, module

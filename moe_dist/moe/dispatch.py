@@ -1,0 +1,110 @@
+"""Bringing tokens to experts and back: the `Dispatcher` protocol and the one-device dispatcher.
+
+Shape letters: T tokens, D model width, K experts per token, N rows before any exchange, R rows at the experts,
+L experts here, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.plan import RoutingPlan
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows at their experts, and what is needed to bring the results back.
+
+    Attributes:
+        rows_RD: Inputs of the experts, sorted by expert.
+        counts_L: Rows of each expert here, on the host.
+        ticket: The dispatcher's own record of the way back.
+    """
+
+    rows_RD: Tensor
+    counts_L: list[int]
+    ticket: Any = None
+
+
+class Dispatcher(Protocol):
+    """Moves rows to the experts and weighted sums back to the tokens."""
+
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> Dispatched: ...
+
+    def combine(self, y_RD: Tensor, gate_TK: Tensor, plan: RoutingPlan, dispatched: Dispatched) -> Tensor: ...
+
+
+class LocalDispatcher:
+    """All experts are here: rows are gathered by expert and summed back by token."""
+
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> Dispatched:
+        return Dispatched(gather_rows(x_TD, plan), plan.served_E.tolist())
+
+    def combine(self, y_RD: Tensor, gate_TK: Tensor, plan: RoutingPlan, dispatched: Dispatched) -> Tensor:
+        return combine_rows(y_RD, gate_TK, plan)
+
+
+def gather_rows(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+    """`rows[n] = x[token_N[n]]`, [N, D]. The gradient of a token is summed in the order of its choices."""
+    return _GatherRows.apply(x_TD, plan)
+
+
+def combine_rows(y_ND: Tensor, gate_TK: Tensor, plan: RoutingPlan) -> Tensor:
+    """`out[t] = sum_k gate[t, k] * y[row_TK[t, k]]` over kept choices, [T, D] in the type of `y_ND`.
+
+    The sum is made in the wider of the two types and always in the order of choices, so that it is the same on every
+    run and every layout; a scatter-add would not be on a GPU.
+    """
+    return _CombineRows.apply(y_ND, gate_TK, plan)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        ctx.plan = plan
+        return x_TD.index_select(0, plan.token_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        plan: RoutingPlan = ctx.plan
+        ones = torch.ones_like(plan.row_TK, dtype=grads[0].dtype)
+        return _weighted_sum(grads[0], ones, plan), None
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, gate_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(y_ND, gate_TK)
+        wide = torch.promote_types(y_ND.dtype, gate_TK.dtype)
+        return _weighted_sum(y_ND, gate_TK.to(wide), plan).to(y_ND.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        plan: RoutingPlan = ctx.plan
+        y_ND, gate_TK = ctx.saved_tensors
+        grad_TD = grads[0]
+        gate_N = gate_TK.reshape(-1).index_select(0, plan.slot_N)
+        grad_ND = grad_TD.index_select(0, plan.token_N)
+        with torch.autocast(grad_ND.device.type, enabled=False):
+            slope_N = torch.linalg.vecdot(grad_ND.to(gate_TK.dtype), y_ND.to(gate_TK.dtype))
+        slope_TK = torch.zeros_like(gate_TK).view(-1).index_copy_(0, plan.slot_N, slope_N).view_as(gate_TK)
+        return (grad_ND * gate_N[:, None]).to(y_ND.dtype), slope_TK, None
+
+
+def _weighted_sum(rows_ND: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
+    """`sum_k weight[t, k] * rows[row_TK[t, k]]` over kept choices, in the type of `weight_TK`."""
+    tokens, top_k = plan.row_TK.shape
+    out_TD = rows_ND.new_zeros((tokens, rows_ND.shape[1]), dtype=weight_TK.dtype)
+    if rows_ND.shape[0] == 0:
+        return out_TD
+    for choice in range(top_k):
+        picked_TD = rows_ND.index_select(0, plan.row_TK[:, choice]).to(out_TD.dtype)
+        if not plan.keeps_all:
+            picked_TD.masked_fill_(~plan.kept_TK[:, choice, None], 0)
+        out_TD.addcmul_(picked_TD, weight_TK[:, choice, None])
+    return out_TD

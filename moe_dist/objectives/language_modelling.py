@@ -1,0 +1,56 @@
+"""Next-token prediction. Shape letters: B batch, S sequence, T = B*S tokens, V vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.config import MoEConfig
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.layer import MoERecord
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """The parts of a loss as sums over the counted tokens of one micro-batch.
+
+    Attributes:
+        cross_entropy: Nats, differentiable scalar.
+        balance: Balance term summed over layers, before its coefficient.
+        z: z-loss summed over layers, before its coefficient.
+        records: The layers' records.
+    """
+
+    cross_entropy: Tensor
+    balance: Tensor
+    z: Tensor
+    records: list[MoERecord]
+
+    def total(self, config: MoEConfig) -> Tensor:
+        """The sum whose gradient is taken, still to be divided by the global number of counted tokens."""
+        return self.cross_entropy + config.balance_loss * self.balance + config.z_loss * self.z
+
+
+def language_modelling_sums(model: Transformer, rows: Tensor) -> LossSums:
+    """Runs a micro-batch.
+
+    Args:
+        model: The decoder.
+        rows: Token ids int64 [B, S+1]; the first S are inputs, the last S are targets; B may be 0.
+    """
+    hidden_BSD, records = model(rows[:, :-1])
+    nats_T = token_nats(model, hidden_BSD, rows[:, 1:])
+    nothing = nats_T.new_zeros(())
+    balance = torch.stack([record.balance_sum for record in records]).sum() if records else nothing
+    z = torch.stack([record.z_sum for record in records]).sum() if records else nothing
+    return LossSums(nats_T.sum(), balance, z, records)
+
+
+def token_nats(model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+    """Cross-entropy of every target, fp32 or wider, [T]."""
+    logits_TV = model.logits(hidden_BSD).flatten(0, 1)
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return F.cross_entropy(logits_TV, targets_BS.flatten(), reduction="none")

@@ -1,0 +1,17 @@
+"""Applying parallelism to a plain model, in one fixed and visible order."""
+
+from __future__ import annotations
+
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.expert import share_counts, shard_experts
+from moe_dist.parallel.mesh import Mesh
+
+
+def parallelize(model: Transformer, mesh: Mesh) -> None:
+    """Turns a plain model on `meta` into this rank's part of the parallel one.
+
+    Order: experts are cut and the exchange swapped in, then counts are shared. The caller initialises the weights by
+    global name and hands the result to `Gradients`.
+    """
+    shard_experts(model, mesh)
+    share_counts(model, mesh)

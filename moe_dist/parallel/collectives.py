@@ -1,0 +1,64 @@
+"""Collectives with an explicit group. Shape letters: N rows before the exchange, R rows after it, D width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_to_all_rows(rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Sends `send[w]` neighbouring rows to each rank w of the group; differentiable.
+
+    Args:
+        rows_ND: Rows ordered by destination.
+        send: Rows for each rank of the group.
+        receive: Rows from each rank of the group, as they announced.
+
+    Returns:
+        [R, D], ordered by source.
+    """
+    return _AllToAllRows.apply(rows_ND, send, receive, group)
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.way_back = (receive, send, group)
+        return _exchange(rows_ND, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grads[0], *ctx.way_back), None, None, None
+
+
+def _exchange(rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    out_RD = rows_ND.new_empty(sum(receive), rows_ND.shape[1])
+    dist.all_to_all_single(out_RD, rows_ND.contiguous(), receive, send, group=group)
+    return out_RD
+
+
+def exchange_counts(counts: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Tells every rank of the group how many rows each of its experts will get from here.
+
+    Args:
+        counts: Rows for every expert of the group, int64 [E], ordered by owner.
+        sizes: Experts of each rank of the group.
+
+    Returns:
+        int64 [ranks of the group, experts here]: rows from each source for each expert here.
+    """
+    here = sizes[dist.get_rank(group)]
+    received = counts.new_empty(len(sizes) * here)
+    dist.all_to_all_single(received, counts.contiguous(), [here] * len(sizes), sizes, group=group)
+    return received.view(len(sizes), here)
+
+
+def sum_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over a group, in place and returned; not differentiable."""
+    dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
+    return value

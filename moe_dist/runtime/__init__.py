@@ -1,0 +1,1 @@
+"""Process start-up and tear-down, device, profiling."""

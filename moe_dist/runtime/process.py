@@ -1,0 +1,94 @@
+"""One rank as a process: its place, its device, and the lifetime of torch.distributed."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.config import Config
+
+
+@dataclass(frozen=True)
+class Process:
+    """A rank, as its launcher started it.
+
+    Attributes:
+        rank: Place among all ranks.
+        world_size: Number of ranks.
+        local_rank: Place among the ranks of this node.
+        local_world_size: Ranks on this node.
+        device: Where its tensors live.
+        node: Name of the node, for the record.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    node: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a launcher knows before the process group exists; fields as in `Process`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node: str
+
+
+@contextmanager
+def open_process(place: Place, config: Config, init_method: str | None = None) -> Iterator[Process]:
+    """Joins torch.distributed for the duration of a run.
+
+    A group that already exists (Ray Train starts one) is used and left alone.
+
+    Args:
+        place: Where this process stands.
+        config: For the time-out and the threads.
+        init_method: Rendezvous, for example `file:///path`; None where the group exists.
+    """
+    device = choose_device(place.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(config.train.threads_per_rank or share_of_cores(place.local_world_size))
+    owns_group = not dist.is_initialized()
+    if owns_group:
+        dist.init_process_group(
+            backend_for(device),
+            init_method=init_method,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=datetime.timedelta(seconds=config.launch.timeout_seconds),
+        )
+    try:
+        yield Process(place.rank, place.world_size, place.local_rank, place.local_world_size, device, place.node)
+    finally:
+        if owns_group:
+            dist.destroy_process_group()
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """The GPU of this rank where CUDA has one, otherwise the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def backend_for(device: torch.device) -> str:
+    """NCCL between GPUs, gloo between CPUs."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def share_of_cores(local_world_size: int) -> int:
+    """Threads of a rank when the cores this process may use are shared evenly."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
