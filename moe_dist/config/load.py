@@ -37,11 +37,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads back exactly: the text `1e-3` and rare line ends are quoted."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if re.search("[\x85\u2028\u2029\ufeff]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -90,6 +102,15 @@ def find_problems(tree: Mapping[str, Any]) -> list[ConfigError]:
     except ValidationError as error:
         return [_explain(details) for details in error.errors()]
     return list(broken_rules(config))
+
+
+def write_yaml(tree: Any, one_line: bool = False) -> str:
+    """Writes plain values as YAML that `load_config` (or, on one line, an override) reads back as they are."""
+    width = 1_000_000 if one_line else 120
+    text = yaml.dump(
+        tree, Dumper=_Dumper, default_flow_style=one_line, sort_keys=False, allow_unicode=True, width=width
+    )
+    return text.removesuffix("\n").removesuffix("\n...") if one_line else text
 
 
 def key_paths(kind: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -168,7 +189,8 @@ def closest_key(path: str) -> str:
     siblings = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == parent}
     near = [siblings[n] for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
     near = near or [p for p in known if p.rpartition(".")[2] == name][:1]
-    near = near or difflib.get_close_matches(path, known, n=1, cutoff=0.8)
+    if not near and not siblings:
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
     return f"keys here: {', '.join(siblings.values())}" if siblings else "`moe-dist config explain` lists every key"

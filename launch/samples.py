@@ -1,0 +1,57 @@
+"""Text from the newest checkpoint of a run, by one process that holds every expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipeline.build import TOKENIZER_NAME
+from data_pipeline.tokenizer import load_tokenizer
+from moe_dist.checkpoint.load import load_model, newest_verified
+from moe_dist.config import parse_config
+from moe_dist.errors import CheckpointError
+from moe_dist.generate.sampling import Sampling, continue_prompts
+from moe_dist.runtime.process import choose_device
+
+
+def generate_from_run(
+    run_dir: Path,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+) -> list[str]:
+    """Continues prompts with a run's newest checkpoint.
+
+    Args:
+        run_dir: The run's directory.
+        prompts: Beginnings; the config's own where there are none.
+        max_new_tokens: Most tokens that are added; the config's where None.
+        temperature: 0 takes the most probable token; the config's where None.
+        seed: Of the sampling; the config's where None.
+
+    Returns:
+        Each prompt with its continuation.
+
+    Raises:
+        CheckpointError: The run has no checkpoint that proves whole.
+    """
+    damaged: list[str] = []
+    found = newest_verified(run_dir / "checkpoints", damaged.append)
+    if found is None:
+        value = damaged[0] if damaged else "no checkpoint"
+        raise CheckpointError(str(run_dir), value, "text is made with a checkpoint of the run", "train the run first")
+    model, manifest = load_model(found[0], choose_device(0))
+    config = parse_config(manifest["config"])
+    tokenizer = load_tokenizer(run_dir / TOKENIZER_NAME, config.model.vocab_size)
+    own = config.generate
+    sampling = Sampling(
+        max_new_tokens=own.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        temperature=own.temperature if temperature is None else temperature,
+        top_k=own.top_k,
+        seed=config.seed if seed is None else seed,
+    )
+    begun = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts or own.prompts]
+    window = config.data.sequence_length_tokens
+    new = continue_prompts(model, begun, sampling, window, tokenizer.end_of_text)
+    return [start + tokenizer.decode(ids) for start, ids in zip(prompts or own.prompts, new, strict=True)]

@@ -1,0 +1,133 @@
+"""The training story of one rank, in order. Every launcher runs this function on every rank.
+
+config -> process -> mesh -> loader -> model on meta -> parallelize -> initialise -> optimizer -> restore -> train -> save
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.build import TOKENIZER_NAME, open_tokenizer
+from data_pipeline.loader import BatchLoader, heldout_rows
+from data_pipeline.shards import TokenSplit
+from launch.interrupt import STOP_FILE
+from launch.outcome import write_summary
+from moe_dist.config import Config
+from moe_dist.model import Transformer
+from moe_dist.model.flops import training_flops_per_token
+from moe_dist.model.init import initialise
+from moe_dist.optim import build_adamw
+from moe_dist.parallel.apply import parallelize
+from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.mesh import build_mesh, choose_layout
+from moe_dist.runtime.process import Process
+from moe_dist.runtime.profiling import measure_gemm_peak
+from moe_dist.train.evaluate import HeldOut
+from moe_dist.train.loop import Trainer
+from moe_dist.train.metrics import Recorder
+from moe_dist.train.step import Trainee
+
+
+def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, Any]:
+    """Trains on this rank, continuing from the newest checkpoint of the run if there is one.
+
+    Args:
+        config: The checked configuration.
+        build_dir: Shards, as `data_pipeline.build.build` returned them.
+        process: This rank.
+
+    Returns:
+        The summary of the run on rank 0, its status alone elsewhere.
+
+    Raises:
+        MoeDistError: What the user can act on.
+    """
+    layout = choose_layout(config.parallel.expert, process.world_size, config.model.moe.num_experts)
+    mesh = build_mesh(layout, process.device.type)
+
+    batches = RankBatches(config, build_dir, process)
+    held_out = load_held_out(config, build_dir, process)
+
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    parallelize(model, mesh)
+    initialise(model, config.seed, process.device, parameter_type(config))
+    optimizer = build_adamw(model, config.optimizer)
+    trainee = Trainee(config, mesh, model, Gradients(model, mesh), optimizer)
+
+    recorder = open_recorder(config, process)
+    trainer = Trainer(trainee, batches, held_out, recorder)
+    trainer.restore()
+    recorder.open(trainer.step, config.train.steps, list_workers(process))
+    recorder.event("message", text=f"{layout}; {process.device.type}, {torch.get_num_threads()} threads a rank")
+
+    if process.rank == 0:
+        shutil.copyfile(build_dir / TOKENIZER_NAME, Path(config.run.dir) / TOKENIZER_NAME)
+    status = trainer.run(stop_asked=(Path(config.run.dir) / STOP_FILE).exists)
+    recorder.close()
+    if process.rank > 0:
+        return {"status": status}
+    return write_summary(config, build_dir, status, recorder)
+
+
+class RankBatches:
+    """The loader's rows as tensors, with the loader's cursor."""
+
+    def __init__(self, config: Config, build_dir: Path, process: Process) -> None:
+        self.loader = BatchLoader(
+            TokenSplit(build_dir, "train"),
+            config.data.sequence_length_tokens,
+            config.train.global_batch_sequences,
+            config.seed,
+            process.rank,
+            process.world_size,
+        )
+
+    def __next__(self) -> torch.Tensor:
+        return torch.from_numpy(next(self.loader).rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
+
+
+def load_held_out(config: Config, build_dir: Path, process: Process) -> HeldOut:
+    """This rank's share of the held-out rows, on its device."""
+    split = TokenSplit(build_dir, "heldout")
+    length, wanted = config.data.sequence_length_tokens, config.evaluate.sequences
+    rows = heldout_rows(split, length, wanted, process.rank, process.world_size)
+    token_bytes = torch.from_numpy(open_tokenizer(build_dir).token_bytes())
+    most = -(-min(wanted, split.num_rows(length)) // process.world_size)
+    return HeldOut(torch.from_numpy(rows).to(process.device), most, token_bytes.to(process.device))
+
+
+def parameter_type(config: Config) -> torch.dtype:
+    """Type of weights and moments: fp32 (bf16 is autocast above it) or fp64."""
+    return torch.float64 if config.train.precision == "fp64" else torch.float32
+
+
+def open_recorder(config: Config, process: Process) -> Recorder:
+    """The record of the run, with the measured matrix-product peak of all ranks together."""
+    compute = torch.bfloat16 if config.train.precision == "bf16" else parameter_type(config)
+    dist.barrier()
+    peak = torch.tensor([measure_gemm_peak(process.device, compute)], dtype=torch.float64, device=process.device)
+    dist.all_reduce(peak)
+    flops = training_flops_per_token(config.model, config.data.sequence_length_tokens)
+    return Recorder(Path(config.run.dir), process.rank == 0, flops, float(peak))
+
+
+def list_workers(process: Process) -> list[dict[str, Any]]:
+    """Where every rank runs, for the record."""
+    me = {"rank": process.rank, "node": process.node, "host": socket.gethostname(), "pid": os.getpid()}
+    workers: list[Any] = [None] * process.world_size
+    dist.all_gather_object(workers, me)
+    return workers

@@ -1,0 +1,60 @@
+"""What a checkpoint holds: every weight and both AdamW moments, under global names.
+
+    model/embedding.weight                           exp_avg/embedding.weight          exp_avg_sq/...
+    model/blocks.0.feed_forward.experts.down#5       one tensor an expert, by global expert id
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moe_dist.config import ModelConfig
+from moe_dist.model.naming import GlobalTensor, global_tensors
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.mesh import Mesh
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def expected_names(config: ModelConfig) -> set[str]:
+    """Every name that a complete checkpoint of this model has."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    kinds = ("model", *MOMENTS)
+    return {f"{kind}/{piece.name}" for piece in global_tensors(model) for kind in kinds}
+
+
+def pieces_here(model: Transformer, optimizer: torch.optim.Optimizer) -> Iterator[tuple[GlobalTensor, dict[str, Tensor]]]:
+    """Every piece held by this rank, with its weight and moments as views by kind."""
+    for piece in global_tensors(model):
+        parameter = model.get_parameter(piece.parameter)
+        tensors = {"model": piece.of(parameter.detach())}
+        for moment in MOMENTS:
+            tensors[moment] = piece.of(optimizer.state[parameter][moment])
+        yield piece, tensors
+
+
+def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Tensor]:
+    """The named tensors that this rank writes: each exists on several ranks and is written by one of them."""
+    owned = {}
+    for position, (piece, tensors) in enumerate(pieces_here(model, optimizer)):
+        if piece.index is None:
+            mine = position % mesh.layout.ranks == mesh.rank
+        else:
+            mine = piece.index % mesh.layout.expert_data == mesh.expert_copy
+        if mine:
+            owned.update({f"{kind}/{piece.name}": tensor for kind, tensor in tensors.items()})
+    return owned
+
+
+def prepare_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Gives every parameter zero moments and its number of updates, ready to be filled from a checkpoint."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter)

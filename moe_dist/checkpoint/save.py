@@ -1,0 +1,105 @@
+"""Saving: every rank writes its part, all agree that all succeeded, rank 0 proves coverage and publishes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_dist.checkpoint import pieces, store
+from moe_dist.errors import CheckpointError
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is stored beside the tensors.
+
+    Attributes:
+        step: Optimizer updates made.
+        config: The resolved config as a plain tree.
+        data: State of the batches: cursor and fingerprint.
+    """
+
+    step: int
+    config: dict[str, Any]
+    data: dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh, saved: Saved, keep: int
+) -> Path:
+    """Writes and publishes one checkpoint; entered by all ranks.
+
+    Raises:
+        CheckpointError: On every rank alike, if any rank could not write or a tensor is missing or written twice; the
+            checkpoints before stay as they are.
+    """
+    folder = Path(_from_first(lambda: str(store.begin(root, saved.step)), mesh))
+    part = _attempt(lambda: _write_part(folder, pieces.owned_tensors(model, optimizer, mesh), mesh))
+    parts = _all_succeeded(part, mesh)
+    expected = pieces.expected_names(model.config)
+
+    def publish() -> str:
+        _check_coverage(parts, expected, folder)
+        manifest = {"format": store.FORMAT, "parts": parts, "layout": str(mesh.layout)}
+        manifest |= {"step": saved.step, "config": saved.config, "data": saved.data}
+        final = store.commit(folder, saved.step, manifest)
+        store.prune(root, keep)
+        return str(final)
+
+    return Path(_from_first(publish, mesh))
+
+
+def _write_part(folder: Path, tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Any]:
+    file = folder / f"part-{mesh.rank:05d}-of-{mesh.layout.ranks:05d}.safetensors"
+    save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, file)
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+    described = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in tensors.items()}
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": store.file_digest(file), "tensors": described}
+
+
+def _check_coverage(parts: list[dict[str, Any]], expected: set[str], folder: Path) -> None:
+    names = [name for part in parts for name in part["tensors"]]
+    missing, unknown = sorted(expected - set(names)), sorted(set(names) - expected)
+    if missing or unknown or len(names) != len(set(names)):
+        shown = f"missing {missing[:3]}, unknown {unknown[:3]}, {len(names) - len(set(names))} written twice"
+        rule = f"the parts hold each of the {len(expected)} tensors of the model and its moments once"
+        raise CheckpointError(str(folder), shown, rule, "this is a bug of moe_dist: please report it")
+
+
+def _attempt(action: Any) -> tuple[Any, str | None]:
+    """The result of an action, or what went wrong, as a value that can be sent to other ranks."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _all_succeeded(mine: tuple[Any, str | None], mesh: Mesh) -> list[Any]:
+    results: list[Any] = [None] * mesh.layout.ranks
+    dist.all_gather_object(results, mine, group=mesh.world)
+    for rank, (_, problem) in enumerate(results):
+        if problem is not None:
+            fix = "make room or check the path; training can go on from the checkpoint before"
+            raise CheckpointError(f"rank {rank}", problem, "every rank writes its part", fix)
+    return [value for value, _ in results]
+
+
+def _from_first(action: Any, mesh: Mesh) -> Any:
+    """Runs an action on rank 0 and gives its result, or its failure, to all."""
+    outcome: list[Any] = [_attempt(action) if mesh.rank == 0 else None]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(mesh.world) == "nccl" else None
+    dist.broadcast_object_list(outcome, src=0, group=mesh.world, device=device)
+    value, problem = outcome[0]
+    if problem is not None:
+        raise CheckpointError("rank 0", problem, "rank 0 publishes the checkpoint", "make room or check the path")
+    return value

@@ -1,0 +1,71 @@
+"""Sampling continuations of a batch of prompts with a plain model.
+
+Shape letters: B prompts, S tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a next token is chosen.
+
+    Attributes:
+        max_new_tokens: Length of a continuation.
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Sample among so many; 0 among all.
+        seed: Same seed, same text.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    seed: int
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: Transformer, prompts: list[list[int]], sampling: Sampling, window: int, end_token: int
+) -> list[list[int]]:
+    """Continues every prompt by itself, one token at a time.
+
+    Args:
+        model: A plain model in evaluation mode.
+        prompts: Token ids, each at least one.
+        sampling: How tokens are chosen.
+        window: The model sees at most so many last tokens.
+        end_token: Ends a continuation; it is not returned.
+
+    Returns:
+        The new tokens of each prompt.
+    """
+    device = model.embedding.weight.device
+    continuations = []
+    for number, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + number)
+        tokens = list(prompt)
+        while len(tokens) - len(prompt) < sampling.max_new_tokens:
+            recent_BS = torch.tensor([tokens[-window:]], device=device)
+            hidden_BSD, _ = model(recent_BS)
+            token = _choose(model.logits(hidden_BSD[0, -1]).float().cpu(), sampling, generator)
+            if token == end_token:
+                break
+            tokens.append(token)
+        continuations.append(tokens[len(prompt) :])
+    return continuations
+
+
+def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    if 0 < sampling.top_k < logits_V.numel():
+        least = logits_V.topk(sampling.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < least, float("-inf"))
+    return int(torch.multinomial((logits_V / sampling.temperature).softmax(-1), 1, generator=generator))
