@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline.build import TOKENIZER_NAME, open_tokenizer
 from data_pipeline.loader import BatchLoader, heldout_rows
@@ -25,8 +24,9 @@ from moe_dist.model.flops import training_flops_per_token
 from moe_dist.model.init import initialise
 from moe_dist.optim import build_adamw
 from moe_dist.parallel.apply import parallelize
+from moe_dist.parallel.collectives import gather_objects
 from moe_dist.parallel.gradients import Gradients
-from moe_dist.parallel.mesh import build_mesh, choose_layout
+from moe_dist.parallel.mesh import Mesh, build_mesh, choose_layout
 from moe_dist.runtime.process import Process
 from moe_dist.runtime.profiling import measure_gemm_peak
 from moe_dist.train.evaluate import HeldOut
@@ -62,10 +62,10 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     optimizer = build_adamw(model, config.optimizer)
     trainee = Trainee(config, mesh, model, Gradients(model, mesh), optimizer)
 
-    recorder = open_recorder(config, process)
+    recorder = open_recorder(config, process, mesh)
     trainer = Trainer(trainee, batches, held_out, recorder)
     trainer.restore()
-    recorder.open(trainer.step, config.train.steps, list_workers(process))
+    recorder.open(trainer.step, config.train.steps, list_workers(process, mesh))
     recorder.event("message", text=f"{layout}; {process.device.type}, {torch.get_num_threads()} threads a rank")
 
     if process.rank == 0:
@@ -115,19 +115,16 @@ def parameter_type(config: Config) -> torch.dtype:
     return torch.float64 if config.train.precision == "fp64" else torch.float32
 
 
-def open_recorder(config: Config, process: Process) -> Recorder:
+def open_recorder(config: Config, process: Process, mesh: Mesh) -> Recorder:
     """The record of the run, with the measured matrix-product peak of all ranks together."""
     compute = torch.bfloat16 if config.train.precision == "bf16" else parameter_type(config)
-    dist.barrier()
-    peak = torch.tensor([measure_gemm_peak(process.device, compute)], dtype=torch.float64, device=process.device)
-    dist.all_reduce(peak)
+    gather_objects("ready", mesh.world)  # all measure at the same time, as they will train
+    peak = sum(gather_objects(measure_gemm_peak(process.device, compute), mesh.world))
     flops = training_flops_per_token(config.model, config.data.sequence_length_tokens)
-    return Recorder(Path(config.run.dir), process.rank == 0, flops, float(peak))
+    return Recorder(Path(config.run.dir), process.rank == 0, flops, peak)
 
 
-def list_workers(process: Process) -> list[dict[str, Any]]:
+def list_workers(process: Process, mesh: Mesh) -> list[dict[str, Any]]:
     """Where every rank runs, for the record."""
     me = {"rank": process.rank, "node": process.node, "host": socket.gethostname(), "pid": os.getpid()}
-    workers: list[Any] = [None] * process.world_size
-    dist.all_gather_object(workers, me)
-    return workers
+    return gather_objects(me, mesh.world)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from moe_dist.config import parse_config
 from moe_dist.errors import CheckpointError
 from moe_dist.model.naming import global_tensors
 from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.collectives import from_first
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -32,10 +32,7 @@ def newest_verified(root: Path, report: Callable[[str], None]) -> tuple[Path, di
 
 def agree_on_newest(root: Path, mesh: Mesh, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """Rank 0 looks and proves, all ranks take what it found."""
-    found: list[Any] = [newest_verified(root, report) if mesh.rank == 0 else None]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(mesh.world) == "nccl" else None
-    dist.broadcast_object_list(found, src=0, group=mesh.world, device=device)
-    return found[0]
+    return from_first(newest_verified(root, report) if mesh.rank == 0 else None, mesh.world)
 
 
 def load_training_state(

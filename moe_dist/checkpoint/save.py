@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint import pieces, store
 from moe_dist.errors import CheckpointError
 from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.collectives import from_first, gather_objects
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -85,8 +85,7 @@ def _attempt(action: Any) -> tuple[Any, str | None]:
 
 
 def _all_succeeded(mine: tuple[Any, str | None], mesh: Mesh) -> list[Any]:
-    results: list[Any] = [None] * mesh.layout.ranks
-    dist.all_gather_object(results, mine, group=mesh.world)
+    results = gather_objects(mine, mesh.world)
     for rank, (_, problem) in enumerate(results):
         if problem is not None:
             fix = "make room or check the path; training can go on from the checkpoint before"
@@ -96,10 +95,7 @@ def _all_succeeded(mine: tuple[Any, str | None], mesh: Mesh) -> list[Any]:
 
 def _from_first(action: Any, mesh: Mesh) -> Any:
     """Runs an action on rank 0 and gives its result, or its failure, to all."""
-    outcome: list[Any] = [_attempt(action) if mesh.rank == 0 else None]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(mesh.world) == "nccl" else None
-    dist.broadcast_object_list(outcome, src=0, group=mesh.world, device=device)
-    value, problem = outcome[0]
+    value, problem = from_first(_attempt(action) if mesh.rank == 0 else None, mesh.world)
     if problem is not None:
         raise CheckpointError("rank 0", problem, "rank 0 publishes the checkpoint", "make room or check the path")
     return value

@@ -62,3 +62,18 @@ def sum_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over a group, in place and returned; not differentiable."""
     dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
     return value
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """A small plain value of every rank of the group, in order of rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_first(value: Any, group: dist.ProcessGroup) -> Any:
+    """The value that the first rank of the group gave, on every rank."""
+    held = [value]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
+    dist.broadcast_object_list(held, group_src=0, group=group, device=device)
+    return held[0]

@@ -1,0 +1,111 @@
+"""The second pass over the text: a work item -> its shards of both splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.documents import Document, read_documents
+from data_pipeline.holdout import split_hash
+from data_pipeline.manifest import TOKENIZER_NAME, Shard
+from data_pipeline.shards import ShardWriter
+from data_pipeline.survey import WorkItem
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+
+_BATCH_BYTES = 2**20  # text that is encoded at once
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes work items; small and picklable, to be sent to other processes.
+
+    Attributes:
+        folder: Where the shards go; it holds the tokenizer.
+        text_field: Field or column that holds the text of a record.
+        skip_unreadable: Leave out records that cannot be read (the survey has listed them).
+        cut: Documents whose `split_hash` is below it are held out.
+        shard_bytes: A shard is closed when it holds this much text.
+        vocab_size: `model.vocab_size`.
+    """
+
+    folder: Path
+    text_field: str
+    skip_unreadable: bool
+    cut: int
+    shard_bytes: int
+    vocab_size: int
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder / TOKENIZER_NAME, self.vocab_size)
+
+    def __call__(self, item: WorkItem) -> dict[str, list[Shard]]:
+        """Writes the shards of an item; the same bytes in whichever process.
+
+        Raises:
+            DataError: A file changed since the survey.
+            OSError: A shard cannot be written.
+        """
+        output = _ItemShards(self, item.index)
+        try:
+            for batch in _batches(self._documents(item)):
+                for document, ids in zip(batch, self._tokenizer.encode_batch([d.text for d in batch]), strict=True):
+                    output.add(document, np.append(ids, np.int32(self._tokenizer.end_of_text)))
+            return output.close()
+        except BaseException:
+            output.discard()
+            raise
+
+    def _documents(self, item: WorkItem) -> Iterator[Document]:
+        for file in item.files:
+            for document in read_documents(file, self.text_field):
+                if isinstance(document, Document):
+                    if document.text:
+                        yield document
+                elif not self.skip_unreadable:
+                    raise document
+
+
+class _ItemShards:
+    """The shards that one work item is being written to, at most one open per split."""
+
+    def __init__(self, encoder: Encoder, index: int) -> None:
+        self._encoder, self._index = encoder, index
+        self._open: dict[str, ShardWriter] = {}
+        self._done: dict[str, list[Shard]] = {"train": [], "heldout": []}
+
+    def add(self, document: Document, ids: NDArray[np.int32]) -> None:
+        split = "heldout" if split_hash(document.id) < self._encoder.cut else "train"
+        if split not in self._open:
+            name = f"{split}-{self._index:06d}-{len(self._done[split]):04d}.arrow"
+            self._open[split] = ShardWriter(self._encoder.folder / name, self._encoder.vocab_size)
+        self._open[split].add(ids, document.num_bytes)
+        if self._open[split].text_bytes >= self._encoder.shard_bytes:
+            self._done[split].append(self._open.pop(split).close())
+
+    def close(self) -> dict[str, list[Shard]]:
+        for split in list(self._open):
+            self._done[split].append(self._open.pop(split).close())
+        return self._done
+
+    def discard(self) -> None:
+        for writer in self._open.values():
+            writer.discard()
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.num_bytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

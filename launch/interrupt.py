@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM: the first asks for a checkpoint and an end, the second ends at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+
+STOP_FILE = "stop-requested"
+
+
+def to_stderr(text: str) -> None:
+    """Shows a line where no display is open."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class StopRequest:
+    """Turns signals into the stop file that every rank looks for after each step.
+
+    The signal handlers only count; `abort_asked`, which the waiting launcher calls again and again, does the work.
+    Outside the main thread, where Python allows no handlers, only the stale stop file is removed.
+
+    Args:
+        run_dir: The run's directory.
+        say: Shows a line to the person.
+    """
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
+        self._file = run_dir / STOP_FILE
+        self._say = say
+        self._signals = 0
+        self._asked = False
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._file.unlink(missing_ok=True)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._file.unlink(missing_ok=True)
+
+    def abort_asked(self) -> bool:
+        """Asks the ranks to stop after the first signal; returns whether a second one came."""
+        if self._signals and not self._asked:
+            self._asked = True
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.touch()
+            self._say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
+        return self._signals > 1
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1

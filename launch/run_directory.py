@@ -1,0 +1,137 @@
+"""What a run's directory says before training starts: finished, to be continued, or of another configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_dist.config import Config
+from moe_dist.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+
+# Keys and sections that a continued run may change: they do not change which numbers training computes.
+_MAY_CHANGE = (
+    "run",
+    "launch",
+    "parallel",
+    "checkpoint",
+    "generate",
+    "evaluate",
+    "data.dir",
+    "train.threads_per_rank",
+    "train.micro_batch_sequences",
+    "train.steps",
+)
+
+
+def prepare(config: Config, again: bool) -> dict[str, Any] | None:
+    """Readies the run's directory and stores the configuration in it.
+
+    Args:
+        config: The checked configuration.
+        again: Sets a finished run, or one of another configuration, aside under a numbered name.
+
+    Returns:
+        The stored summary of a run that is already finished, or None when training is to start or to continue.
+
+    Raises:
+        ConfigError: The directory belongs to another configuration.
+    """
+    run_dir = Path(config.run.dir)
+    changed = changed_keys(config)
+    summary = finished_summary(config)
+    if again and (changed or summary):
+        run_dir.rename(_free_name(run_dir))
+    elif changed:
+        raise ConfigError(
+            "run.dir",
+            config.run.dir,
+            f"a run is continued with the configuration it was started with; these differ: {', '.join(changed)}",
+            "another run.dir, or --again to set the old run aside and train anew",
+        )
+    elif summary:
+        return summary
+    _store(config, run_dir)
+    return None
+
+
+def resolve_paths(config: Config) -> Config:
+    """The configuration with absolute paths, for processes that have another working directory."""
+    run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
+    data: dict[str, Any] = {"dir": os.path.abspath(config.data.dir)}
+    if config.data.input != "python-library":
+        data["input"] = os.path.abspath(config.data.input)
+    if config.data.tokenizer.path is not None:
+        path = os.path.abspath(config.data.tokenizer.path)
+        data["tokenizer"] = config.data.tokenizer.model_copy(update={"path": path})
+    return config.model_copy(update={"run": run, "data": config.data.model_copy(update=data)})
+
+
+def finished_summary(config: Config) -> dict[str, Any] | None:
+    """The summary of a run that has done all its steps, else None."""
+    try:
+        summary = json.loads((Path(config.run.dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    if summary.get("status") == "finished" and summary.get("steps", config.train.steps) >= config.train.steps:
+        return summary
+    return None
+
+
+def changed_keys(config: Config) -> list[str]:
+    """Keys whose stored value differs from the given one and would change the training result, with both values."""
+    path = Path(config.run.dir) / CONFIG_FILE
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise ConfigError(str(path), "not readable YAML", "a run keeps its configuration", "another run.dir") from None
+    old = dict(_leaves(stored if isinstance(stored, dict) else {}))
+    new = dict(_leaves(config.model_dump(mode="json")))
+    names = [name for name in new if not _may_change(name) and old.get(name) != new[name]]
+    names += [name for name in old if name not in new and not _may_change(name)]
+    return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if not _same_input(name, old, new)]
+
+
+def _may_change(name: str) -> bool:
+    return any(name == free or name.startswith(free + ".") for free in _MAY_CHANGE)
+
+
+def _same_input(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """The same text may be named by a relative and by an absolute path."""
+    values = old.get(name), new.get(name)
+    return (
+        name in ("data.input", "data.tokenizer.path")
+        and all(isinstance(v, str) for v in values)
+        and len(set(map(os.path.abspath, values))) == 1
+    )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _free_name(run_dir: Path) -> Path:
+    number = 1
+    while (free := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    return free
+
+
+def _store(config: Config, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    draft = run_dir / f"{CONFIG_FILE}.{os.getpid()}"
+    draft.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    draft.replace(run_dir / CONFIG_FILE)

@@ -1,0 +1,104 @@
+"""Every rule across keys, broken once."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from moe_dist.config import Config, parse_config, rules
+from moe_dist.config.load import read_tree, write_yaml
+from moe_dist.config.rules import broken_rules, check_rules
+from moe_dist.errors import ConfigError
+
+# The broken keys, then what the error must say: key, value, a part of the rule, and the whole fix.
+BROKEN = [
+    (
+        {"model": {"num_heads": 6, "num_kv_heads": 4}},
+        ("model.num_kv_heads", 4, "must divide model.num_heads (6)", "model.num_kv_heads=3"),
+    ),
+    (
+        {"model": {"head_width": 63}},
+        ("model.head_width", 63, "must be even", "model.head_width=64"),
+    ),
+    (
+        {"model": {"num_layers": 2, "num_dense_layers": 3}},
+        ("model.num_dense_layers", 3, "must not exceed model.num_layers (2)", "model.num_dense_layers=2"),
+    ),
+    (
+        {"model": {"moe": {"num_experts": 4, "top_k": 5}}},
+        ("model.moe.top_k", 5, "model.moe.num_experts=4", "model.moe.top_k=4 or less"),
+    ),
+    (
+        {"model": {"moe": {"top_k": 1}}},
+        ("model.moe.normalize_gates", True, "always 1", "model.moe.normalize_gates=false"),
+    ),
+    (
+        {
+            "model": {"moe": {"balance_scope": "global"}},
+            "train": {"micro_batch_sequences": 4, "global_batch_sequences": 8},
+        },
+        (
+            "model.moe.balance_scope",
+            "global",
+            "train.micro_batch_sequences=4 cuts it",
+            "train.micro_batch_sequences=8, or model.moe.balance_scope=sequence",
+        ),
+    ),
+    (
+        {"model": {"moe": {"backend": "grouped"}}, "train": {"precision": "fp64"}},
+        ("model.moe.backend", "grouped", "has no fp64", "model.moe.backend=loop"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("tree", "expected"), BROKEN, ids=[expected[0] for _, expected in BROKEN])
+def test_rule_broken_names_key_value_rule_and_fix(tree: dict, expected: tuple) -> None:
+    config = Config.model_validate(tree)
+    (error,) = broken_rules(config)
+    where, value, rule, fix = expected
+    assert (error.where, error.value, error.fix) == (where, value, fix)
+    assert rule in error.rule
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    assert caught.value.args == error.args
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("tree", "expected"), BROKEN, ids=[expected[0] for _, expected in BROKEN])
+def test_rule_broken_its_own_fix_passes(tree: dict, expected: tuple, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(write_yaml(tree))
+    override = expected[3].partition(",")[0].removesuffix(" or less")
+    assert list(broken_rules(parse_config(read_tree(path, [override])))) == []
+
+
+def test_rules_every_one_is_broken_here() -> None:
+    assert len(BROKEN) == inspect.getsource(rules).count("yield ConfigError(")
+
+
+def test_rules_defaults_keep_them_all() -> None:
+    check_rules(Config())
+    assert list(broken_rules(Config())) == []
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"model": {"moe": {"top_k": 1, "normalize_gates": False}}},
+        {"model": {"moe": {"num_experts": 4, "top_k": 4}}},
+        {"model": {"num_layers": 2, "num_dense_layers": 2}},
+        {"model": {"moe": {"balance_scope": "global"}}},
+        {"model": {"moe": {"balance_scope": "global", "balance_loss": 0.0}}, "train": {"micro_batch_sequences": 1}},
+    ],
+)
+def test_rules_values_at_the_border_pass(tree: dict) -> None:
+    parse_config(tree)
+
+
+def test_rules_several_broken_are_all_yielded_in_order() -> None:
+    config = Config.model_validate({"model": {"head_width": 63, "moe": {"num_experts": 4, "top_k": 5}}})
+    assert [error.where for error in broken_rules(config)] == ["model.head_width", "model.moe.top_k"]
+    with pytest.raises(ConfigError, match=r"model\.head_width"):
+        check_rules(config)

@@ -1,0 +1,24 @@
+"""The one table of tolerances. A relative error is the largest difference over the largest magnitude of the expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest magnitude; infinite where shapes differ or a value is not finite."""
+    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+        return float("inf")
+    if found.numel() == 0:
+        return 0.0
+    scale = expected.abs().max().item() or 1.0
+    return (found - expected).abs().max().item() / scale
+
+
+def assert_close(found: Tensor, expected: Tensor, name: str) -> None:
+    """Fails unless the relative error is within the tolerance of the expected type."""
+    error = relative_error(found.to(expected.dtype), expected)
+    assert error <= RELATIVE[expected.dtype], f"{name}: relative error {error:.3g}"
