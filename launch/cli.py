@@ -65,7 +65,7 @@ def train(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="A Ray cluster to join, or `local` for a new one. Else RAY_ADDRESS, a cluster running here, a new one.",
+            help="Ray cluster to join, or `local` for a new one. Else RAY_ADDRESS, a cluster running here, a new one.",
             show_default=False,
         ),
     ] = None,
@@ -81,6 +81,8 @@ def train(
         from launch.progress import follow
         from launch.ray_cluster import connect, run_on_ray
 
+        _check_layout(checked, checked.launch.workers)
+        display.message("connecting to Ray")
         with connect(checked, address) as cluster:
             where = "started on this machine" if cluster.started_here else f"at {cluster.address}"
             display.message(f"Ray cluster {where}, {len(cluster.nodes)} node(s)")
@@ -108,6 +110,7 @@ def simulate(
         from launch.local import run_local
         from launch.progress import follow
 
+        _check_layout(checked, ranks)
         build_dir = _build(checked, False, display)
         with follow(Path(checked.run.dir), display):
             return run_local(checked, build_dir, ranks, say=display.message)
@@ -227,7 +230,7 @@ def generate(
     from launch.samples import generate_from_run
 
     with _output_to_stderr():
-        texts = generate_from_run(run_dir, prompts, length, heat, seed)
+        texts = generate_from_run(Path(run_dir), prompts, length, heat, seed)
     samples = [{"prompt": start, "text": text} for start, text in zip(prompts, texts, strict=True)]
     _answer(as_json, {"samples": samples}, "\n\n".join(texts))
 
@@ -249,7 +252,7 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last resort: a wrong command line, or a bug
         code = _usage_or_bug(error)
     sys.exit(code)
 
@@ -286,6 +289,13 @@ def _run(config: Config, again: bool, as_json: bool, run: Callable[[Config, Disp
             file=sys.stderr,
         )
         raise typer.Exit(Interrupted.exit_code)
+
+
+def _check_layout(config: Config, ranks: int) -> None:
+    """Refuses an impossible layout before any process starts."""
+    from moe_dist.parallel.mesh import choose_layout
+
+    choose_layout(config.parallel.expert, ranks, config.model.moe.num_experts)
 
 
 def _build(config: Config, use_ray: bool, display: Display) -> Path:

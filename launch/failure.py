@@ -61,7 +61,7 @@ class RankError:
             f"rank {rank}",
             how,
             "every rank lives until the run ends",
-            "look for a kill or a lack of memory on that machine; the same command continues from the newest checkpoint",
+            "look for a kill or a lack of memory on that machine; the same command continues from the last checkpoint",
         )
         return cls(rank, time.time(), TrainingFault.__name__, fields, how, "")
 

@@ -38,23 +38,19 @@ class Clock:
     """The time left of one stage, from its pace since the first report: the first step also pays for starting up."""
 
     def __init__(self, done: int) -> None:
-        self.started = time.monotonic()
-        self._restart_pace(done)
+        self.started = self._first_time = time.monotonic()
+        self._first_done = self._last_done = done
 
     def left(self, done: int, total: int) -> str:
         """An estimate like `3m 10s left`; empty while there is no pace to tell from."""
         if done < self._last_done:  # workers started again from an older checkpoint
-            self._restart_pace(done)
+            self._first_done, self._first_time = done, time.monotonic()
         self._last_done = done
         moved = done - self._first_done
         if moved <= 0 or done >= total:
             return ""
         seconds = (time.monotonic() - self._first_time) / moved * (total - done)
         return f"{duration(seconds)} left"
-
-    def _restart_pace(self, done: int) -> None:
-        self._first_done = self._last_done = done
-        self._first_time = time.monotonic()
 
 
 class TerminalDisplay:
@@ -90,7 +86,8 @@ class TerminalDisplay:
             task = self._progress.add_task(stage, total=total, amount="", figures="", left="")
             self._stages[stage] = (task, Clock(done))
         task, clock = self._stages[stage]
-        fields = {"amount": amount(done, total, unit), "figures": figures, "left": clock.left(done, total)}
+        fields: dict[str, Any] = {"figures": figures, "left": clock.left(done, total)}
+        fields["amount"] = amount(done, total, unit)
         self._progress.update(task, completed=done, total=total, **fields)
 
 
@@ -121,12 +118,8 @@ class PlainDisplay:
         if done == last_done or not (now - last_time >= _PLAIN_SECONDS or enough or done >= total):
             return
         self._shown[stage] = (now, done)
-        parts = (
-            f"{stage} {done}/{total}",
-            figures,
-            f"{duration(now - clock.started)} elapsed",
-            clock.left(done, total),
-        )
+        elapsed = f"{duration(now - clock.started)} elapsed"
+        parts = (f"{stage} {amount(done, total, unit)}", figures, elapsed, clock.left(done, total))
         self.message("  ".join(part for part in parts if part))
 
 
@@ -203,12 +196,12 @@ class Narrator:
     def _start(self, event: dict[str, Any]) -> None:
         self._starts += 1
         self._steps = event["steps"]
-        first = event["first_step"]
+        done = event["first_step"]
         nodes = {worker.get("node") for worker in event.get("workers", [])}
-        where = f" on {len(nodes)} nodes" if len(nodes) > 1 else ""
-        verb = "workers started again: going on" if self._starts > 1 else "training"
-        self._display.message(f"{verb} from step {first} of {self._steps}, {event['ranks']} ranks{where}")
-        self._display.update("step", max(0, first - 1), self._steps, self._figures)
+        ranks = f"{event['ranks']} ranks" + (f" on {len(nodes)} nodes" if len(nodes) > 1 else "")
+        what = f"going on after step {done} of {self._steps}" if done else f"training {self._steps} steps"
+        self._display.message(("workers started again: " if self._starts > 1 else "") + f"{what}, {ranks}")
+        self._display.update("step", done, self._steps, self._figures)
 
 
 def figures(event: dict[str, Any]) -> str:

@@ -140,7 +140,7 @@ def run_on_ray(
         TrainingFault: Any other failure, after `launch.max_failures` restarts, with the rank's own message.
         KeyboardInterrupt: Ctrl-C was pressed twice.
     """
-    config = resolve_paths(config)  # workers of a cluster have another working directory
+    config = resolve_paths(config)  # workers have another working directory
     run_dir = Path(config.run.dir)
     task = _Task(config, build_dir.absolute(), worker, run_dir / "ray" / f"error-{uuid.uuid4().hex}.json")
     outcome = _Outcome()
@@ -151,6 +151,7 @@ def run_on_ray(
         contextlib.redirect_stdout(log),  # raylets report dead workers there, at length
     ):
         fit = threading.Thread(target=outcome.fill, args=(task, cluster), daemon=True, name="ray train")
+        say(f"starting {config.launch.workers} ranks")
         fit.start()  # not in the main thread, where Ray Train would take over Ctrl-C
         _wait(fit, stop, config, say)
     named = read_once(task.error_file)
@@ -197,9 +198,9 @@ class _Outcome:
 
 
 def _trainer(task: _Task, cluster: Cluster) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     launch = task.config.launch
     gpus = gpus_per_worker(task.config, cluster)
@@ -304,9 +305,9 @@ def _join_or_start(config: Config, address: str | None) -> bool:
     """Connects this process; returns whether it started the cluster."""
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    new = {"num_cpus": max(cores(), _cpus(config)), "include_dashboard": False}
+    new: dict[str, Any] = {"num_cpus": max(cores(), _cpus(config)), "include_dashboard": False}
     if address == "local":
         ray.init(address="local", **new, **quiet)
         return True

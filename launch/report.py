@@ -37,7 +37,8 @@ def _print_heldout(summary: Mapping[str, Any], console: Console) -> None:
     heldout = summary.get("heldout") or {}
     if not heldout:
         return
-    table = Table(title="held-out text", title_justify="left")
+    console.print("held-out text", style="bold")
+    table = Table()
     for name in ("", "loss", "bits per byte"):
         table.add_column(name, justify="left" if not name else "right")
     for name in ("before", "after"):
@@ -54,22 +55,21 @@ def _print_experts(summary: Mapping[str, Any], console: Console) -> None:
     if not layers:
         return
     experts = max(len(layer["load"]) for layer in layers)
-    title = f"load of each expert, % of a layer's routed tokens (even: {100 / experts:.1f})"
+    console.print(f"load of each expert, % of a layer's routed tokens (even: {100 / experts:.1f})", style="bold")
     if experts > _MOST_EXPERTS:
         extremes = [(min(load), sorted(load)[len(load) // 2], max(load)) for load in (row["load"] for row in layers)]
-        console.print(_expert_table(title, ("least", "median", "most"), layers, extremes))
+        console.print(_expert_table(("least", "median", "most"), layers, extremes))
         return
     for first in range(0, experts, _EXPERT_COLUMNS):
         some = slice(first, first + _EXPERT_COLUMNS)
         names = [str(expert) for expert in range(experts)][some]
-        console.print(_expert_table(title, names, layers, [layer["load"][some] for layer in layers]))
-        title = ""
+        console.print(_expert_table(names, layers, [layer["load"][some] for layer in layers]))
 
 
 def _expert_table(
-    title: str, names: Sequence[str], layers: Sequence[Mapping[str, Any]], shares: Sequence[Sequence[float]]
+    names: Sequence[str], layers: Sequence[Mapping[str, Any]], shares: Sequence[Sequence[float]]
 ) -> Table:
-    table = Table(title=title or None, title_justify="left")
+    table = Table()
     for name in ("layer", "MaxVio", *names):
         table.add_column(name, justify="right")
     for layer, row in zip(layers, shares, strict=True):

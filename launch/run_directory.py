@@ -108,11 +108,9 @@ def _may_change(name: str) -> bool:
 def _same_input(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """The same text may be named by a relative and by an absolute path."""
     values = old.get(name), new.get(name)
-    return (
-        name in ("data.input", "data.tokenizer.path")
-        and all(isinstance(v, str) for v in values)
-        and len(set(map(os.path.abspath, values))) == 1
-    )
+    if name not in ("data.input", "data.tokenizer.path") or not all(isinstance(value, str) for value in values):
+        return False
+    return len({os.path.abspath(str(value)) for value in values}) == 1
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

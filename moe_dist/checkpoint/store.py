@@ -76,7 +76,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         digest = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(where, error, "a checkpoint has a readable manifest", "use an older checkpoint") from None
     if digest != _digest(manifest):
         raise CheckpointError(where, digest, "the manifest is what was written", "use an older checkpoint")

@@ -92,3 +92,9 @@ def backend_for(device: torch.device) -> str:
 def share_of_cores(local_world_size: int) -> int:
     """Threads of a rank when the cores this process may use are shared evenly."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def leave_group() -> None:
+    """Closes torch.distributed at once, so that the collectives of peers fail instead of waiting for this rank."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """A rank that only counts steps: what the launchers need of `launch.train.run_worker`, in milliseconds.
 
 `<run.dir>/behaviour.json` tells it what to do, so that one function serves every test:
-`steps`, `step_seconds`, `raise` (`rank`, `step`, `kind`), `die` (`rank`, `step`: SIGKILL once), `mute` (no progress).
+`steps`, `step_seconds`, `raise` (`rank`, `step`, `kind`), `die` (`rank`, `step`: SIGKILL, once).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from moe_dist.runtime.process import Process
 
 
 def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, Any]:
-    """Counts from the step in `done` to `steps`; each step is one sum over all ranks."""
+    """Counts on from the step in the file `done` to `steps`; each step is one sum over all ranks."""
     run_dir = Path(config.run.dir)
     behaviour = json.loads((run_dir / "behaviour.json").read_text())
     done_file = run_dir / "done"
-    first = int(done_file.read_text()) + 1 if done_file.exists() else 1
+    done = int(done_file.read_text()) if done_file.exists() else 0
     me = {"rank": process.rank, "node": process.node, "host": socket.gethostname(), "pid": os.getpid()}
     workers: list[Any] = [None] * process.world_size
     dist.all_gather_object(workers, me)
     steps = behaviour["steps"]
-    _tell(process, run_dir, event="start", first_step=first, steps=steps, ranks=process.world_size, workers=workers)
+    _tell(process, run_dir, event="start", first_step=done, steps=steps, ranks=process.world_size, workers=workers)
     status = "finished"
-    for step in range(first, steps + 1):
+    for step in range(done + 1, steps + 1):
         _misbehave(behaviour, run_dir, process.rank, step)
         time.sleep(behaviour.get("step_seconds", 0.01))
         stop = torch.tensor([float((run_dir / STOP_FILE).exists())])
@@ -48,7 +48,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
             status = "interrupted"
             break
     _tell(process, run_dir, event="end", status=status)
-    return {"status": status, "first_step": first, "steps": step, "workers": workers, "environment": dict(os.environ)}
+    return {"status": status, "first_step": done, "steps": step, "workers": workers, "environment": dict(os.environ)}
 
 
 def _misbehave(behaviour: dict[str, Any], run_dir: Path, rank: int, step: int) -> None:

@@ -128,3 +128,10 @@ def test_train_bug_shows_its_traceback_and_exits_1(config_path: Path, tmp_path: 
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ZeroDivisionError: a bug" in done.stderr
+
+
+def test_simulate_impossible_layout_is_refused_before_the_data_is_built(config_path: Path, tmp_path: Path) -> None:
+    done = moe_dist("simulate", str(config_path), "--ranks", "2", "parallel.expert=3", f"data.dir={tmp_path}/data")
+    assert done.returncode == 2
+    assert "parallel.expert=2" in done.stderr
+    assert not (tmp_path / "data").exists()

@@ -31,8 +31,8 @@ def tell(folder: Path, stream: io.StringIO) -> str:
     path = folder / PROGRESS_FILE
     append(path, {"event": "message", "text": "of an earlier run"})
     with open_display(stream) as display, follow(folder, display):
-        append(path, {"event": "start", "first_step": 1, "steps": 200, "ranks": 2}, *map(step, range(1, 51)))
-        append(path, '{"event": "step", "st', {"event": "start", "first_step": 41, "steps": 200, "ranks": 2})
+        append(path, {"event": "start", "first_step": 0, "steps": 200, "ranks": 2}, *map(step, range(1, 51)))
+        append(path, '{"event": "step", "st', {"event": "start", "first_step": 40, "steps": 200, "ranks": 2})
         append(path, {"event": "unheard of"}, *map(step, range(41, 201)))
         append(path, {"event": "evaluate", "step": 200, "loss": 2.0, "bits_per_byte": 1.5})
         append(path, {"event": "checkpoint", "step": 200, "path": "c/200"}, {"event": "message", "text": "[hm]"})
@@ -43,8 +43,8 @@ def tell(folder: Path, stream: io.StringIO) -> str:
 def test_follow_plain_stream_writes_few_lines(tmp_path: Path) -> None:
     text = tell(tmp_path, io.StringIO())
     lines = text.splitlines()
-    assert lines[0] == "training from step 1 of 200, 2 ranks"
-    assert "workers started again: going on from step 41 of 200, 2 ranks" in lines
+    assert lines[0] == "training 200 steps, 2 ranks"
+    assert "workers started again: going on after step 40 of 200, 2 ranks" in lines
     assert lines[-3:] == [
         "step 200: held-out loss 2.0000, 1.500 bits per byte",
         "step 200: checkpoint c/200",

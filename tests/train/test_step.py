@@ -1,0 +1,174 @@
+"""Schedule, optimizer groups, accumulation, and runs that are stopped and continued."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.config.schema import OptimizerConfig
+from moe_dist.errors import TrainingFault
+from moe_dist.optim import build_adamw, learning_rate
+from moe_dist.train.evaluate import HeldOut
+from moe_dist.train.loop import Trainer
+from moe_dist.train.metrics import Recorder
+from moe_dist.train.step import micro_batches, train_step
+from tests.support.gang import run_gang
+from tests.support.models import VOCAB, plain_model, random_rows, small_config
+from tests.support.parallel_step import parallel_trainee
+from tests.support.tolerances import RELATIVE
+
+
+def test_learning_rate_warms_up_and_ends_at_its_floor():
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, min_lr_fraction=0.1)
+    rates = [learning_rate(step, 20, config) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(later <= earlier for earlier, later in zip(rates[3:], rates[4:], strict=False))
+    assert rates[11] == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
+
+
+def test_learning_rate_warm_up_longer_than_the_run_just_warms_up():
+    config = OptimizerConfig(lr=1.0, warmup_steps=100)
+    assert [learning_rate(step, 3, config) for step in range(3)] == [0.01, 0.02, 0.03]
+
+
+def test_adamw_decays_matrices_and_experts_but_not_norms_and_embedding():
+    config = small_config(optimizer={"weight_decay": 0.5})
+    model = plain_model(config)
+    decayed, others = build_adamw(model, config.optimizer).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.5 and others["weight_decay"] == 0.0
+    assert {names[id(p)] for p in others["params"]} == {
+        name for name in names.values() if "norm" in name or name.startswith("embedding")
+    }
+    assert any("experts.down" in names[id(p)] for p in decayed["params"])
+
+
+@pytest.mark.parametrize(("rows", "ranks", "micro"), [(6, 1, 2), (7, 2, 2), (1, 4, 1), (16, 3, 4)])
+def test_micro_batches_every_rank_has_the_same_number(rows, ranks, micro):
+    config = small_config(train={"global_batch_sequences": rows, "micro_batch_sequences": micro})
+    counts, seen = set(), 0
+    for rank in range(ranks):
+        mine = random_rows(rows)[rows * rank // ranks : rows * (rank + 1) // ranks]
+        parts = list(micro_batches(mine, config, ranks))
+        counts.add(len(parts))
+        seen += sum(len(part) for part in parts)
+        assert max(len(part) for part in parts) <= micro
+    assert len(counts) == 1 and seen == rows
+
+
+class Rows:
+    """Batches of a rank as a pure function of a cursor."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks, self.cursor = rank, ranks, 0
+
+    def __next__(self) -> torch.Tensor:
+        rows = random_rows(6, seed=self.cursor)
+        self.cursor += 1
+        return rows[6 * self.rank // self.ranks : 6 * (self.rank + 1) // self.ranks]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.cursor = state["cursor"]
+
+
+def run_config(folder: str, precision: str = "fp32"):
+    return small_config(
+        {"capacity_factor": 1.0},
+        run={"dir": folder},
+        train={"steps": 6, "precision": precision, "micro_batch_sequences": 2},
+        checkpoint={"every_steps": 2, "keep": 5},
+        optimizer={"lr": 0.01, "warmup_steps": 2},
+    )
+
+
+def run_trainer(rank: int, folder: str, degree: int, ranks: int, stop_after: int = 100) -> dict[str, Any]:
+    """Trains in a run's directory, asked to stop after so many updates of this process."""
+    trainee = parallel_trainee(run_config(folder), degree, optimizer="adamw")
+    recorder = Recorder(Path(folder), rank == 0, flops_per_token=1e3, peak_flops=1e9)
+    held_out = HeldOut(random_rows(4, seed=99), 4, torch.ones(VOCAB, dtype=torch.int64))
+    trainer = Trainer(trainee, Rows(rank, ranks), held_out, recorder)
+    trainer.restore()
+    first = trainer.step
+    recorder.open(first, 6, [])
+    asked = iter(range(1000))
+    status = trainer.run(lambda: rank == 0 and next(asked) >= stop_after - 1)
+    recorder.close()
+    weights = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
+    return {
+        "status": status,
+        "first": first,
+        "rows": recorder.rows,
+        "weights": weights,
+        "evaluations": recorder.evaluations,
+    }
+
+
+def runs_of_two(rank: int, folder: str) -> dict[str, Any]:
+    found = {
+        "whole": run_trainer(rank, f"{folder}/whole", 2, 2),
+        "again": run_trainer(rank, f"{folder}/again", 2, 2),
+        "stopped": run_trainer(rank, f"{folder}/cut", 2, 2, stop_after=3),
+        "continued": run_trainer(rank, f"{folder}/cut", 2, 2),
+        "other layout stopped": run_trainer(rank, f"{folder}/other", 1, 2, stop_after=3),
+        "other layout continued": run_trainer(rank, f"{folder}/other", 2, 2),
+    }
+    return found
+
+
+def equal_runs(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Bit for bit: every figure but times, and every weight."""
+    untimed = ("seconds", "tokens_per_second", "mfu")
+    rows = [[{k: v for k, v in row.items() if k not in untimed} for row in run["rows"]] for run in (first, second)]
+    return rows[0] == rows[1] and all(torch.equal(first["weights"][n], w) for n, w in second["weights"].items())
+
+
+def test_run_stopped_and_continued_equals_one_never_stopped(tmp_path):
+    for rank, found in enumerate(run_gang(runs_of_two, 2, str(tmp_path))):
+        assert found["stopped"]["status"] == "interrupted" and found["continued"]["first"] == 3
+        assert found["whole"]["status"] == found["continued"]["status"] == "finished"
+        for other in ("again", "continued"):
+            weights = found[other]["weights"]
+            assert all(torch.equal(found["whole"]["weights"][n], w) for n, w in weights.items()), other
+        if rank == 0:
+            assert len(found["continued"]["rows"]) == 6
+            assert equal_runs(found["whole"], found["again"])
+            assert equal_runs(found["whole"], found["continued"])
+            assert sorted(found["continued"]["evaluations"]) == [0, 6]
+            whole = [row["loss"] for row in found["whole"]["rows"]]
+            for row, loss in zip(found["other layout continued"]["rows"], whole, strict=True):
+                assert row["loss"] == pytest.approx(loss, rel=RELATIVE[torch.float32])
+
+
+def one_process(rank: int, folder: str) -> dict[str, Any]:
+    """Checks that need a mesh of one: bf16, faults."""
+    config = small_config(train={"precision": "bf16", "steps": 20}, optimizer={"lr": 0.01})
+    trainee = parallel_trainee(config, 1, optimizer="adamw")
+    losses = [train_step(trainee, random_rows(6), step).loss for step in range(20)]
+    dtypes = {p.dtype for p in trainee.model.parameters()}
+    before = [p.detach().clone() for p in trainee.model.parameters()]
+    with torch.no_grad():
+        trainee.model.embedding.weight[0, 0] = math.inf
+    message = ""
+    try:
+        train_step(trainee, torch.zeros(2, 13, dtype=torch.int64), 20)
+    except TrainingFault as fault:
+        message = str(fault)
+    after = [p.detach() for p in trainee.model.parameters()]
+    kept = all(torch.equal(a, b) for a, b in zip(after[1:], before[1:], strict=True))
+    return {"losses": losses, "dtypes": dtypes, "message": message, "kept": kept}
+
+
+def test_bf16_trains_fp32_weights_and_an_infinite_gradient_stops_before_any_update(tmp_path):
+    (found,) = run_gang(one_process, 1, str(tmp_path))
+    assert found["losses"][-1] < found["losses"][0] - 0.5
+    assert found["dtypes"] == {torch.float32}
+    assert "step 21" in found["message"] and "gradient" in found["message"]
+    assert found["kept"]
