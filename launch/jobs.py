@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from launch.access import TOKEN_FIX, offer_token
 from launch.interrupt import to_stderr
 from launch.run_directory import resolve_paths
 from moe_dist.config import Config, load_config
@@ -136,8 +137,7 @@ def stage(config: Config, folder: Path) -> None:
 
 def _client(address: str) -> Any:
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS, where set, would win over what was asked for
-    if _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray.init` does so by itself, the job client does not
+    offer_token(address)
     try:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
@@ -150,7 +150,7 @@ def _client(address: str) -> Any:
             "--address",
             address,
             "this cluster asks for its token",
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=..., which `ray get-auth-token` tells on the head node",
+            TOKEN_FIX,
         ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "ray[default]" in str(error):
@@ -165,11 +165,6 @@ def _client(address: str) -> Any:
 
 def _no_job_client(error: Exception) -> ConfigError:
     return ConfigError("ray", error, "jobs need Ray's job client", 'pip install "ray[default]"')
-
-
-def _has_token() -> bool:
-    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return bool(named) or (Path.home() / ".ray" / "auth_token").exists()
 
 
 def _details(client: Any, job_id: str, address: str) -> Any:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from launch.access import TOKEN_FIX, answers, offer_token, protect_token, running_here
 from launch.environment import cores, rank_environment
 from launch.failure import RankError, first_cause, read_once, write_once
 from launch.interrupt import StopRequest, to_stderr
@@ -84,6 +85,7 @@ def connect(config: Config, address: str | None = None) -> Iterator[Cluster]:
     """
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    offer_token(address or os.environ.get("RAY_ADDRESS", ""))
     import ray
 
     in_main = threading.current_thread() is threading.main_thread()
@@ -91,7 +93,6 @@ def connect(config: Config, address: str | None = None) -> Iterator[Cluster]:
     try:
         started_here = _join_or_start(config, address)
         if started_here:
-            _protect_token()
             # Of use where nodes can be taken away; here one more process to start with every group of workers.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         if in_main and handler is not None:
@@ -305,41 +306,25 @@ def _join_or_start(config: Config, address: str | None) -> bool:
     """Connects this process; returns whether it started the cluster."""
     import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    new: dict[str, Any] = {"num_cpus": max(cores(), _cpus(config)), "include_dashboard": False}
-    if address == "local":
-        ray.init(address="local", **new, **quiet)
+    named = address or os.environ.get("RAY_ADDRESS")
+    if named == "local" or not (named or running_here()):
+        ray.init(address="local", num_cpus=max(cores(), _cpus(config)), include_dashboard=False, **quiet)
+        protect_token()
         return True
-    if address or os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address=address, **quiet)
-            return False
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            where = "--address" if address else "RAY_ADDRESS"
-            raise ConfigError(
-                where,
-                address or os.environ["RAY_ADDRESS"],
-                f"a Ray cluster answers there ({str(error).splitlines()[0]})",
-                "correct the address, start one with `ray start --head`, or leave it out to start one here",
-            ) from None
     try:
-        ray.init(**new, **quiet)
-        return True
-    except ValueError:
-        pass  # one is running here: it refuses the CPU count, which is its own
-    except ConnectionError:
-        ray.init(address="local", **new, **quiet)  # an address left behind by a cluster that is gone
-        return True
-    ray.init(**quiet)
+        if named and not answers(named):
+            raise ConnectionError("nothing listens on that port")
+        ray.init(address=named, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ConfigError(
+            "--address" if address else "RAY_ADDRESS",
+            named,
+            f"a Ray cluster answers there ({str(error).splitlines()[0]})",
+            f"correct the address, or use --address local to start a cluster here; {TOKEN_FIX}",
+        ) from None
     return False
-
-
-def _protect_token() -> None:
-    """Ray writes the token that gives access to a cluster so that every user of the machine can read it."""
-    token = Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):
-        token.chmod(0o600)
 
 
 def _cpus(config: Config) -> int:

@@ -40,9 +40,11 @@ def pieces_here(model: Transformer, optimizer: torch.optim.Optimizer) -> Iterato
 def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Tensor]:
     """The named tensors that this rank writes: each exists on several ranks and is written by one of them."""
     owned = {}
-    for position, (piece, tensors) in enumerate(pieces_here(model, optimizer)):
+    dense = 0  # counted over dense pieces alone: ranks hold different numbers of experts
+    for piece, tensors in pieces_here(model, optimizer):
         if piece.index is None:
-            mine = position % mesh.layout.ranks == mesh.rank
+            mine = dense % mesh.layout.ranks == mesh.rank
+            dense += 1
         else:
             mine = piece.index % mesh.layout.expert_data == mesh.expert_copy
         if mine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint import pieces, store
-from moe_dist.errors import CheckpointError
+from moe_dist.errors import CheckpointError, MoeDistError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.collectives import from_first, gather_objects
 from moe_dist.parallel.mesh import Mesh
@@ -43,8 +44,9 @@ def save_checkpoint(
             checkpoints before stay as they are.
     """
     folder = Path(_from_first(lambda: str(store.begin(root, saved.step)), mesh))
-    part = _attempt(lambda: _write_part(folder, pieces.owned_tensors(model, optimizer, mesh), mesh))
-    parts = _all_succeeded(part, mesh)
+    owned = pieces.owned_tensors(model, optimizer, mesh)
+    part = _attempt(lambda: _write_part(folder, owned, mesh), f"rank {mesh.rank}")
+    parts = [outcome.unwrap() for outcome in gather_objects(part, mesh.world)]
     expected = pieces.expected_names(model.config)
 
     def publish() -> str:
@@ -76,26 +78,29 @@ def _check_coverage(parts: list[dict[str, Any]], expected: set[str], folder: Pat
         raise CheckpointError(str(folder), shown, rule, "this is a bug of moe_dist: please report it")
 
 
-def _attempt(action: Any) -> tuple[Any, str | None]:
-    """The result of an action, or what went wrong, as a value that can be sent to other ranks."""
+@dataclass(frozen=True)
+class _Outcome:
+    """The result of an action, or the four parts of what went wrong, as a value that can be sent to other ranks."""
+
+    value: Any = None
+    problem: tuple[str, str, str, str] | None = None
+
+    def unwrap(self) -> Any:
+        if self.problem is not None:
+            raise CheckpointError(*self.problem)
+        return self.value
+
+
+def _attempt(action: Callable[[], Any], who: str) -> _Outcome:
     try:
-        return action(), None
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return _Outcome(action())
+    except MoeDistError as error:
+        return _Outcome(problem=(error.where, str(error.value), error.rule, error.fix))
+    except Exception as error:  # noqa: BLE001 - whatever a rank met, all ranks must hear of it
+        fix = "make room or correct the path; the checkpoints before are intact"
+        return _Outcome(problem=(who, f"{type(error).__name__}: {error}", "every rank writes its part", fix))
 
 
-def _all_succeeded(mine: tuple[Any, str | None], mesh: Mesh) -> list[Any]:
-    results = gather_objects(mine, mesh.world)
-    for rank, (_, problem) in enumerate(results):
-        if problem is not None:
-            fix = "make room or check the path; training can go on from the checkpoint before"
-            raise CheckpointError(f"rank {rank}", problem, "every rank writes its part", fix)
-    return [value for value, _ in results]
-
-
-def _from_first(action: Any, mesh: Mesh) -> Any:
+def _from_first(action: Callable[[], Any], mesh: Mesh) -> Any:
     """Runs an action on rank 0 and gives its result, or its failure, to all."""
-    value, problem = from_first(_attempt(action) if mesh.rank == 0 else None, mesh.world)
-    if problem is not None:
-        raise CheckpointError("rank 0", problem, "rank 0 publishes the checkpoint", "make room or check the path")
-    return value
+    return from_first(_attempt(action, "rank 0") if mesh.rank == 0 else None, mesh.world).unwrap()

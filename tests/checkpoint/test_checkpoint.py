@@ -86,8 +86,9 @@ def test_experts_survive_from_four_ranks_to_one_two_and_three(saved):
             assert experts == 8 * 2 * 2 * (ranks // degree)  # experts, matrices, layers, copies
 
 
-def test_experts_survive_from_two_copies_on_four_ranks(tmp_path):
-    run_gang(save_marked, 4, str(tmp_path), 2)
+@pytest.mark.parametrize(("ranks", "degree"), [(4, 2), (3, 3), (3, 1)])
+def test_experts_survive_from_copies_and_uneven_shares_to_one(tmp_path, ranks, degree):
+    run_gang(save_marked, ranks, str(tmp_path), degree)
     run_gang(load_marked, 1, str(tmp_path), [1])
 
 

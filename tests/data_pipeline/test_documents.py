@@ -74,8 +74,10 @@ def test_plain_large_file_is_cut_into_bounded_pieces_that_join_to_it(
 
 @pytest.mark.parametrize("over", [0, 1, 2, PIECE_BYTES, PIECE_BYTES + 1, WHOLE_FILE_BYTES, 3 * WHOLE_FILE_BYTES + 5])
 def test_plain_file_around_the_size_of_pieces_is_read_to_its_end(input_file: Write, over: int) -> None:
-    size = WHOLE_FILE_BYTES + over
-    assert sum(document.num_bytes for document in _read(input_file("a.txt", b"x" * size))) == size
+    for start in (b"", b"\n", "é\n".encode()):
+        contents = start + b"x" * (WHOLE_FILE_BYTES + over)
+        found = _read(input_file("a.txt", contents))
+        assert "".join(document.text for document in found).encode() == contents
 
 
 def test_plain_large_file_not_utf8_far_in_gives_the_offset_in_the_file(input_file: Write) -> None:

@@ -68,6 +68,7 @@ def test_run_on_ray_named_error_reaches_the_driver_without_a_retry(two_nodes: Cl
     assert not list(run_dir.glob("ray/error-*"))
 
 
+@pytest.mark.slow
 def test_run_on_ray_bug_is_retried_and_then_told(two_nodes: Cluster, run_dir: Path) -> None:
     behave(run_dir, steps=1000, **{"raise": {"rank": 1, "step": 3, "kind": "bug"}})
     with pytest.raises(TrainingFault) as caught:
@@ -105,6 +106,7 @@ def test_connect_started_here_ctrl_c_stops_after_a_step(start_driver: Start, run
     wait_until(lambda: not any(map(alive, below)), 15, "the end of the cluster")
 
 
+@pytest.mark.slow
 def test_connect_started_here_second_ctrl_c_ends_everything_at_once(start_driver: Start, run_dir: Path) -> None:
     behave(run_dir, steps=10, step_seconds=600)
     driver = start_driver("ray")
@@ -117,6 +119,7 @@ def test_connect_started_here_second_ctrl_c_ends_everything_at_once(start_driver
     wait_until(lambda: not any(map(alive, below)), 15, "the end of the cluster")
 
 
+@pytest.mark.slow
 def test_connect_started_here_driver_killed_ends_ranks_and_cluster(start_driver: Start, run_dir: Path) -> None:
     behave(run_dir, steps=10_000, step_seconds=0.05)
     driver = start_driver("ray")
@@ -129,8 +132,7 @@ def test_connect_started_here_driver_killed_ends_ranks_and_cluster(start_driver:
     wait_until(lambda: not any(map(alive, below)), 20, "the end of the cluster")
 
 
-def test_connect_nobody_at_the_address_is_a_named_error(monkeypatch: pytest.MonkeyPatch, run_dir: Path) -> None:
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1")
+def test_connect_nobody_at_the_address_is_a_named_error(run_dir: Path) -> None:
     with pytest.raises(ConfigError) as caught, connect(config_of(run_dir), "127.0.0.1:1"):
         pass
     assert caught.value.where == "--address"
