@@ -15,9 +15,12 @@ from moe_dist.errors import DataError
 
 PYTHON_LIBRARY = "python-library"
 RECORD_ENDINGS = (".jsonl", ".jsonl.zst", ".parquet")
+# Installed packages and tests differ between machines or hold text that is wrong on purpose; `encodings` and
+# `pydoc_data` are tables rather than programs.
 _NOT_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
-)  # installed packages and tests: they differ between machines, or hold text that is wrong on purpose
+    | {"encodings", "pydoc_data"}
+)
 
 
 @dataclass(frozen=True)

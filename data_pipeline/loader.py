@@ -124,17 +124,21 @@ class BatchLoader:
 def heldout_rows(
     split: TokenSplit, sequence_length: int, count: int, rank: int = 0, world_size: int = 1
 ) -> NDArray[np.int64]:
-    """This rank's part of the first `count` rows of a split (of all its rows, if there are fewer): [n, S + 1].
+    """This rank's part of `count` rows spread evenly over a split (all of them, if there are fewer): [n, S + 1].
+
+    Spread, because the documents at the start of a split need not be like the others.
 
     Raises:
         ConfigError: A number is out of range.
         DataError: A shard is damaged.
     """
     _check_positive("data.sequence_length_tokens", sequence_length)
-    first, last = part_of(min(count, split.num_rows(sequence_length)), rank, world_size)
+    available = split.num_rows(sequence_length)
+    taken = min(count, available)
+    first, last = part_of(taken, rank, world_size)
     rows = np.empty((last - first, sequence_length + 1), dtype=np.int64)
     for place in range(last - first):
-        rows[place] = split.row(first + place, sequence_length)
+        rows[place] = split.row((first + place) * available // taken, sequence_length)
     return rows
 
 

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 from launch.access import TOKEN_FIX, offer_token
 from launch.interrupt import to_stderr
 from launch.run_directory import resolve_paths
 from moe_dist.config import Config, load_config
+from moe_dist.config.explain import resolved
+from moe_dist.config.load import write_yaml
 from moe_dist.errors import ConfigError
 
 PACKAGES = ("moe_dist", "data_pipeline", "launch")
@@ -122,8 +122,7 @@ def stage(config: Config, folder: Path) -> None:
             raise ConfigError(name, "not installed", "a job carries this package", "pip install moe-dist")
         source = Path(next(iter(spec.submodule_search_locations)))
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "runs"))
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    (folder / "config.yaml").write_text(write_yaml(resolved(config)), encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > _MOST_BYTES:
         largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)

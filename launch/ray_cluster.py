@@ -255,13 +255,12 @@ def _run_rank(given: dict[str, Any]) -> dict[str, Any] | None:
 
 def _named_error(error_file: Path, rank: int, error: Exception) -> bool:
     """Whether a named error explains this failure: this one, which is recorded, or one of another rank."""
-    import torch.distributed
+    from moe_dist.runtime.process import leave_group
 
     found = RankError.caught(rank, error)
     if found.fields is not None:
         write_once(error_file, found)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # the peers' collectives then fail, instead of waiting
+        leave_group()  # the peers' collectives then fail, instead of waiting
         return True
     deadline = time.monotonic() + _PEER_ERROR_SECONDS
     while time.monotonic() < deadline:

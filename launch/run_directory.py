@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_dist.config import Config
+from moe_dist.config.explain import resolved
+from moe_dist.config.load import read_tree, write_yaml
 from moe_dist.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -88,14 +88,10 @@ def finished_summary(config: Config) -> dict[str, Any] | None:
 def changed_keys(config: Config) -> list[str]:
     """Keys whose stored value differs from the given one and would change the training result, with both values."""
     path = Path(config.run.dir) / CONFIG_FILE
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except (UnicodeDecodeError, yaml.YAMLError):
-        raise ConfigError(str(path), "not readable YAML", "a run keeps its configuration", "another run.dir") from None
-    old = dict(_leaves(stored if isinstance(stored, dict) else {}))
-    new = dict(_leaves(config.model_dump(mode="json")))
+    old = dict(_leaves(read_tree(path)))
+    new = dict(_leaves(resolved(config)))
     names = [name for name in new if not _may_change(name) and old.get(name) != new[name]]
     names += [name for name in old if name not in new and not _may_change(name)]
     return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if not _same_input(name, old, new)]
@@ -131,5 +127,5 @@ def _free_name(run_dir: Path) -> Path:
 def _store(config: Config, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     draft = run_dir / f"{CONFIG_FILE}.{os.getpid()}"
-    draft.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    draft.write_text(write_yaml(resolved(config)), encoding="utf-8")
     draft.replace(run_dir / CONFIG_FILE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.build import TOKENIZER_NAME
+from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import load_tokenizer
 from moe_dist.checkpoint.load import load_model, newest_verified
 from moe_dist.config import parse_config

@@ -1,6 +1,6 @@
 """The training story of one rank, in order. Every launcher runs this function on every rank.
 
-config -> process -> mesh -> loader -> model on meta -> parallelize -> initialise -> optimizer -> restore -> train -> save
+config -> process -> mesh -> loader -> model on meta -> parallelize -> initialise -> optimizer -> restore -> train
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from data_pipeline.build import TOKENIZER_NAME, open_tokenizer
+from data_pipeline.build import open_tokenizer
 from data_pipeline.loader import BatchLoader, heldout_rows
+from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.shards import TokenSplit
 from launch.interrupt import STOP_FILE
 from launch.outcome import write_summary

@@ -1,7 +1,7 @@
 """What a checkpoint holds: every weight and both AdamW moments, under global names.
 
-    model/embedding.weight                           exp_avg/embedding.weight          exp_avg_sq/...
-    model/blocks.0.feed_forward.experts.down#5       one tensor an expert, by global expert id
+model/embedding.weight                           exp_avg/embedding.weight          exp_avg_sq/...
+model/blocks.0.feed_forward.experts.down#5       one tensor an expert, by global expert id
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def expected_names(config: ModelConfig) -> set[str]:
     return {f"{kind}/{piece.name}" for piece in global_tensors(model) for kind in kinds}
 
 
-def pieces_here(model: Transformer, optimizer: torch.optim.Optimizer) -> Iterator[tuple[GlobalTensor, dict[str, Tensor]]]:
+def pieces_here(
+    model: Transformer, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[GlobalTensor, dict[str, Tensor]]]:
     """Every piece held by this rank, with its weight and moments as views by kind."""
     for piece in global_tensors(model):
         parameter = model.get_parameter(piece.parameter)

@@ -65,8 +65,14 @@ def _write_part(folder: Path, tensors: dict[str, Tensor], mesh: Mesh) -> dict[st
     save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, file)
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
-    described = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in tensors.items()}
-    return {"file": file.name, "bytes": file.stat().st_size, "sha256": store.file_digest(file), "tensors": described}
+    return {
+        "file": file.name,
+        "bytes": file.stat().st_size,
+        "sha256": store.file_digest(file),
+        "tensors": {
+            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in tensors.items()
+        },
+    }
 
 
 def _check_coverage(parts: list[dict[str, Any]], expected: set[str], folder: Path) -> None:

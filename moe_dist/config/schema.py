@@ -92,7 +92,9 @@ class MoEConfig(Section):
 
 
 class ModelConfig(Section):
-    vocab_size: int = key(2048, "Rows of the embedding; a tokenizer trained by us has this size.", "tokens", ge=258)
+    vocab_size: int = key(
+        2048, "Rows of the embedding; a tokenizer trained by us has at most this size.", "tokens", ge=258
+    )
     num_layers: int = key(4, "Decoder blocks.", "layers", ge=1)
     num_dense_layers: int = key(0, "Leading blocks with a dense feed-forward in place of experts.", "layers", ge=0)
     width: int = key(256, "Width of the residual stream.", "channels", ge=2)
@@ -144,7 +146,7 @@ class OptimizerConfig(Section):
 
 class EvaluateConfig(Section):
     every_steps: int = key(0, "Evaluate every so many steps; 0 only before and after training.", "steps", ge=0)
-    sequences: int = key(64, "Held-out rows that are scored, from the start of the held-out text.", "sequences", ge=1)
+    sequences: int = key(64, "Held-out rows that are scored, spread evenly over the held-out text.", "sequences", ge=1)
 
 
 class GenerateConfig(Section):

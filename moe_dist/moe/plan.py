@@ -1,6 +1,6 @@
-"""The routing plan: which (token, choice) becomes which row of which expert. Pure integers, made once per forward.
+"""The routing plan: which (token, choice) becomes which row of which expert. Pure integers, made once a forward.
 
-Shape letters: B sequences, S tokens of a sequence, T = B*S tokens, K experts per token, E experts, N rows that are kept.
+Shape letters: B sequences, S tokens of a sequence, T = B*S tokens, K experts per token, E experts, N rows kept.
 
 The rows of a plan are sorted by expert, and within an expert by token, so that the rows of one expert (and of one rank,
 as ranks own neighbouring experts) lie together:

@@ -1,17 +1,21 @@
 """The oracle: a mixture-of-experts layer as a loop over tokens. Slow, obvious, shipped, never optimised.
 
-It shares no code with the layer it judges: it routes, drops, weighs and sums by itself, in Python, from the same weights.
+It shares no code with the layer it judges: it routes, drops, weighs and sums by itself, from the same weights.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config import MoEConfig
+
+# (logits, probabilities, chosen experts, gates) of one token
+_Routed: TypeAlias = tuple[Tensor, Tensor, list[int], Tensor]
 
 
 def moe_reference(
@@ -56,7 +60,7 @@ def moe_reference(
     return torch.stack(outputs).view_as(x_BSD), stats
 
 
-def _route_token(router: Tensor, x_D: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor, list[int], Tensor]:
+def _route_token(router: Tensor, x_D: Tensor, config: MoEConfig) -> _Routed:
     """(logits, probabilities, chosen experts, gates) of one token."""
     logits_E = torch.stack([(router[e] * x_D).sum() for e in range(config.num_experts)])
     probability_E = torch.exp(logits_E - torch.logsumexp(logits_E, 0))
@@ -68,7 +72,7 @@ def _route_token(router: Tensor, x_D: Tensor, config: MoEConfig) -> tuple[Tensor
     return logits_E, probability_E, chosen, gates * config.gate_scale
 
 
-def _keep(routed: list, counted: list[int], config: MoEConfig, training: bool) -> set[tuple[int, int]]:
+def _keep(routed: list[_Routed], counted: list[int], config: MoEConfig, training: bool) -> set[tuple[int, int]]:
     """The (token, expert) pairs of one sequence that have room."""
     factor = config.capacity_factor if training else config.capacity_factor_eval
     pairs = [(s, e) for s in counted for e in routed[s][2]]
@@ -86,7 +90,7 @@ def _keep(routed: list, counted: list[int], config: MoEConfig, training: bool) -
 
 
 def _token_output(
-    weights: dict[str, Tensor], x_D: Tensor, routed: tuple, s: int, kept: set[tuple[int, int]], config: MoEConfig
+    weights: dict[str, Tensor], x_D: Tensor, routed: _Routed, s: int, kept: set[tuple[int, int]], config: MoEConfig
 ) -> Tensor:
     _, _, chosen, gates = routed
     here = [i for i, e in enumerate(chosen) if (s, e) in kept]
@@ -100,7 +104,7 @@ def _token_output(
     return out_D
 
 
-def _balance(sequences: list, config: MoEConfig, like: Tensor) -> Tensor:
+def _balance(sequences: list[tuple[list[_Routed], list[int]]], config: MoEConfig, like: Tensor) -> Tensor:
     """Tokens * E * sum_i f_i P_i, for each sequence or for all of them together."""
     groups = sequences
     if config.balance_scope == "global":

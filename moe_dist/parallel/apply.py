@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_dist.model.transformer import Transformer
-from moe_dist.parallel.expert import share_counts, shard_experts
+from moe_dist.parallel.expert import shard_experts, share_counts
 from moe_dist.parallel.mesh import Mesh
 
 

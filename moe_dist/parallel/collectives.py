@@ -25,9 +25,7 @@ def all_to_all_rows(rows_ND: Tensor, send: list[int], receive: list[int], group:
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
+    def forward(ctx: Any, rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.way_back = (receive, send, group)
         return _exchange(rows_ND, send, receive, group)
 

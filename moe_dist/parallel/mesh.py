@@ -99,9 +99,7 @@ class Mesh:
 
 def build_mesh(layout: Layout, device_type: str) -> Mesh:
     """Creates the groups; entered by all ranks."""
-    grid = init_device_mesh(
-        device_type, (layout.expert_data, layout.expert), mesh_dim_names=("expert_data", "expert")
-    )
+    grid = init_device_mesh(device_type, (layout.expert_data, layout.expert), mesh_dim_names=("expert_data", "expert"))
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is initialised before the mesh"
     return Mesh(layout, dist.get_rank(), world, grid.get_group("expert"), grid.get_group("expert_data"))

@@ -75,16 +75,17 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     config = trainee.config
     trainee.model.train()
     trainee.optimizer.zero_grad(set_to_none=True)
-    counted = sum_ranks(torch.tensor([float(rows[:, 1:].numel())], dtype=torch.float64, device=rows.device), trainee.mesh.world)
+    here = torch.tensor(rows[:, 1:].numel(), dtype=torch.int64, device=rows.device)
+    counted = int(sum_ranks(here, trainee.mesh.world))
     tally = _Tally(trainee, stop_asked)
     for micro_batch in micro_batches(rows, config, trainee.mesh.layout.ranks):
         with autocast(config, rows.device):
             sums = language_modelling_sums(trainee.model, micro_batch)
-        (sums.total(config.model.moe) / counted.item()).backward()
+        (sums.total(config.model.moe) / counted).backward()
         tally.add(sums)
     trainee.gradients.reduce()
     grad_norm = float(trainee.gradients.clip(config.train.clip_norm))
-    figures = tally.figures(int(counted), grad_norm, learning_rate(step, config.train.steps, config.optimizer))
+    figures = tally.figures(counted, grad_norm, learning_rate(step, config.train.steps, config.optimizer))
     if not math.isfinite(grad_norm):
         fix = "a lower optimizer.lr, or train.precision=fp32; the last checkpoint is intact"
         raise TrainingFault(f"step {step + 1}", f"gradient norm {grad_norm}", "gradients are finite", fix)

@@ -24,7 +24,7 @@ CONFIG = small_config()
 
 
 def marked_trainee(expert_degree: int) -> Any:
-    """A trainee whose expert e is filled with e (moments with e + 1/4 and e + 1/2), so that a lost or swapped one shows."""
+    """A trainee whose expert e is filled with e (moments: e + 1/4, e + 1/2), so that a lost or swapped one shows."""
     trainee = parallel_trainee(CONFIG, expert_degree, optimizer="adamw")
     pieces.prepare_moments(trainee.optimizer, updates=7)
     with torch.no_grad():

@@ -82,5 +82,5 @@ def test_changed_keys_unreadable_config_is_a_named_error(tmp_path: Path) -> None
     config = config_of(tmp_path)
     prepare(config, again=False)
     (tmp_path / "run" / "config.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match="not readable YAML"):
+    with pytest.raises(ConfigError, match="valid YAML"):
         changed_keys(config)

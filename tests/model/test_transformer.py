@@ -49,7 +49,8 @@ def test_attention_key_value_heads_serve_neighbouring_query_heads():
 
 
 @pytest.mark.parametrize(
-    "model", [{}, {"tie_embeddings": False}, {"num_dense_layers": 1}, {"num_layers": 3, "num_heads": 4, "num_kv_heads": 4}]
+    "model",
+    [{}, {"tie_embeddings": False}, {"num_dense_layers": 1}, {"num_layers": 3, "num_heads": 4, "num_kv_heads": 4}],
 )
 def test_parameter_count_from_the_config_equals_the_model(model):
     config = small_config(model=model)

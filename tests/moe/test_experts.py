@@ -31,7 +31,9 @@ def obvious(module, rows, counts):
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize(("backend", "dtype"), [("loop", torch.float64), ("loop", torch.float32), ("grouped", torch.float32)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("loop", torch.float64), ("loop", torch.float32), ("grouped", torch.float32)]
+)
 def test_experts_any_counts_equal_one_product_an_expert(backend, dtype, counts):
     module = experts_of(backend, dtype)
     rows = torch.randn(sum(counts), 8, dtype=dtype, generator=torch.Generator().manual_seed(1), requires_grad=True)
@@ -39,7 +41,9 @@ def test_experts_any_counts_equal_one_product_an_expert(backend, dtype, counts):
     found, wanted = module(rows, counts), obvious(module, rows, counts)
     assert_close(found, wanted, "output")
     # `sum` gives an expanded, stride-0 gradient: the trap of grouped products.
-    for mine, theirs in zip(torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(wanted.sum(), inputs), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(wanted.sum(), inputs), strict=True
+    ):
         assert_close(mine, theirs, "gradient")
 
 

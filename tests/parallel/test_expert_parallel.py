@@ -103,9 +103,13 @@ def planted(rank: int) -> dict[str, StepProof]:
         "expert gradients not summed over copies": mock.patch.object(
             gradients_module, "_sum_in_buckets", _sum_only(gradients_module._sum_in_buckets, 4)
         ),
-        "balance from the counts of this rank only": mock.patch("moe_dist.parallel.apply.share_counts", _shares_nothing),
+        "balance from the counts of this rank only": mock.patch(
+            "moe_dist.parallel.apply.share_counts", _shares_nothing
+        ),
         "rows left in order of arrival": mock.patch.object(expert_module, "arrange_by_expert", _unsorted),
-        "norm counts dense parameters once a rank": mock.patch.object(gradients_module.Gradients, "norm", _norm_over_all),
+        "norm counts dense parameters once a rank": mock.patch.object(
+            gradients_module.Gradients, "norm", _norm_over_all
+        ),
     }
     for name, bug in bugs.items():
         with bug:

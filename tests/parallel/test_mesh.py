@@ -20,12 +20,16 @@ def test_layout_chosen_by_itself_is_legal_and_covers_every_expert_once(ranks, ex
     assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize(("ranks", "experts", "expected"), [(1, 8, 1), (2, 8, 2), (3, 8, 3), (4, 8, 4), (16, 8, 8), (7, 4, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "experts", "expected"), [(1, 8, 1), (2, 8, 2), (3, 8, 3), (4, 8, 4), (16, 8, 8), (7, 4, 1)]
+)
 def test_layout_takes_the_largest_divisor_not_above_the_experts(ranks, experts, expected):
     assert choose_layout(None, ranks, experts).expert == expected
 
 
-@pytest.mark.parametrize(("asked", "nearest"), [(3, "parallel.expert=2"), (16, "parallel.expert=8"), (5, "parallel.expert=4")])
+@pytest.mark.parametrize(
+    ("asked", "nearest"), [(3, "parallel.expert=2"), (16, "parallel.expert=8"), (5, "parallel.expert=4")]
+)
 def test_layout_illegal_degree_names_the_nearest_legal_one(asked, nearest):
     with pytest.raises(LayoutError) as caught:
         choose_layout(asked, 16 if asked != 3 else 8, 8)

@@ -73,6 +73,6 @@ def _life(function: Any, rank: int, ranks: int, store: str, arguments: tuple[Any
         packed = io.BytesIO()  # as bytes: a tensor in a pipe is a handle that dies with its sender
         torch.save(function(rank, *arguments), packed)
         results.send((True, packed.getvalue()))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the parent decides what a failure means
         results.send((False, traceback.format_exc()))
     dist.destroy_process_group()

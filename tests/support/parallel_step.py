@@ -56,9 +56,7 @@ def oracle_step(config: Config, rows: Tensor) -> StepProof:
         counts=counts,
         scalars={name: float(value.detach()) for name, value in scalars.items()},
         gradients={p.name: p.of(grads[p.parameter]) for p in pieces},
-        weights={
-            p.name: p.of(model.get_parameter(p.parameter).detach() - scale * grads[p.parameter]) for p in pieces
-        },
+        weights={p.name: p.of(model.get_parameter(p.parameter).detach() - scale * grads[p.parameter]) for p in pieces},
     )
 
 
@@ -83,7 +81,11 @@ def candidate_step(rank: int, config: Config, expert: int, rows_by_rank: list[Te
     trainee = parallel_trainee(config, expert)
     scaled = config.optimizer.model_copy(update={"lr": 1.0, "warmup_steps": 0, "min_lr_fraction": 1.0})
     trainee = Trainee(
-        config.model_copy(update={"optimizer": scaled}), trainee.mesh, trainee.model, trainee.gradients, trainee.optimizer
+        config.model_copy(update={"optimizer": scaled}),
+        trainee.mesh,
+        trainee.model,
+        trainee.gradients,
+        trainee.optimizer,
     )
     unclipped: dict[str, Tensor] = {}
     pieces = list(global_tensors(trainee.model))

@@ -1,4 +1,4 @@
-"""The one table of tolerances. A relative error is the largest difference over the largest magnitude of the expected."""
+"""The one table of tolerances. Relative: the largest difference over the largest magnitude of the expected."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def test_learning_rate_warms_up_and_ends_at_its_floor():
     rates = [learning_rate(step, 20, config) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[-1] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in zip(rates[3:], rates[4:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[3:]))
     assert rates[11] == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
 
 
