@@ -9,6 +9,10 @@ product to `torch.nn.functional.grouped_mm`, which is one kernel on recent GPUs.
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import MoEConfig
+
+EXPERTS_PER_THREAD = 4
 
 
 class Experts(nn.Module):
@@ -75,7 +81,7 @@ class _Contiguous(torch.autograd.Function):
 
 
 class _ExpertLoop(torch.autograd.Function):
-    """SwiGLU experts, one pair of products after the other, into buffers allocated once.
+    """SwiGLU experts, each taken through both products while its rows are in the cache; a backward written by hand.
 
     The activation `silu(gate) * up` is computed again in the backward pass rather than kept: R x F less memory for an
     elementwise product.
@@ -84,13 +90,14 @@ class _ExpertLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, gate_up: Tensor, down: Tensor, counts_L: list[int]) -> Tensor:
         hidden_R2F = rows_RD.new_empty(rows_RD.shape[0], gate_up.shape[2])
-        for expert, rows in _spans(counts_L):
-            torch.mm(rows_RD[rows], gate_up[expert], out=hidden_R2F[rows])
-        gate_RF, up_RF = hidden_R2F.chunk(2, dim=-1)
-        active_RF = F.silu(gate_RF).mul_(up_RF)
         out_RD = torch.empty_like(rows_RD)
-        for expert, rows in _spans(counts_L):
-            torch.mm(active_RF[rows], down[expert], out=out_RD[rows])
+
+        def expert_forward(expert: int, rows: slice) -> None:
+            hidden_2F = torch.mm(rows_RD[rows], gate_up[expert], out=hidden_R2F[rows])
+            gate_F, up_F = hidden_2F.chunk(2, dim=-1)
+            torch.mm(F.silu(gate_F).mul_(up_F), down[expert], out=out_RD[rows])
+
+        _for_each_expert(expert_forward, counts_L, rows_RD.device)
         ctx.save_for_backward(rows_RD, gate_up, down, hidden_R2F)
         ctx.counts_L = counts_L
         return out_RD
@@ -98,32 +105,76 @@ class _ExpertLoop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         rows_RD, gate_up, down, hidden_R2F = ctx.saved_tensors
+        grad_RD = grads[0].contiguous()
+        grad_rows_RD = torch.empty_like(rows_RD)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        for expert, count in enumerate(ctx.counts_L):
+            if not count:
+                grad_gate_up[expert].zero_()
+                grad_down[expert].zero_()
+
+        def expert_backward(expert: int, rows: slice) -> None:
+            active_F, grad_hidden_2F = _activation_backward(hidden_R2F[rows], grad_RD[rows] @ down[expert].T)
+            torch.mm(active_F.T, grad_RD[rows], out=grad_down[expert])
+            torch.mm(grad_hidden_2F, gate_up[expert].T, out=grad_rows_RD[rows])
+            torch.mm(rows_RD[rows].T, grad_hidden_2F, out=grad_gate_up[expert])
+
         with torch.autocast(rows_RD.device.type, enabled=False):
-            grad_RD = grads[0].contiguous()
-            grad_hidden_R2F, grad_down = _down_backward(grad_RD, hidden_R2F, down, ctx.counts_L)
-            grad_rows_RD = torch.empty_like(rows_RD)
-            grad_gate_up = torch.zeros_like(gate_up)
-            for expert, rows in _spans(ctx.counts_L):
-                torch.mm(grad_hidden_R2F[rows], gate_up[expert].T, out=grad_rows_RD[rows])
-                torch.mm(rows_RD[rows].T, grad_hidden_R2F[rows], out=grad_gate_up[expert])
+            _for_each_expert(expert_backward, ctx.counts_L, rows_RD.device)
         return grad_rows_RD, grad_gate_up, grad_down, None
 
 
-def _down_backward(grad_RD: Tensor, hidden_R2F: Tensor, down: Tensor, counts_L: list[int]) -> tuple[Tensor, Tensor]:
-    """Gradients of the gate/up products and of `down`, from the gradient of the experts' outputs."""
-    gate_RF, up_RF = hidden_R2F.chunk(2, dim=-1)
-    silu_RF = F.silu(gate_RF)
-    active_RF = silu_RF * up_RF
-    grad_active_RF = torch.empty_like(active_RF)
-    grad_down = torch.zeros_like(down)
-    for expert, rows in _spans(counts_L):
-        torch.mm(grad_RD[rows], down[expert].T, out=grad_active_RF[rows])
-        torch.mm(active_RF[rows].T, grad_RD[rows], out=grad_down[expert])
-    grad_hidden_R2F = torch.empty_like(hidden_R2F)
-    grad_gate_RF, grad_up_RF = grad_hidden_R2F.chunk(2, dim=-1)
-    torch.mul(grad_active_RF, silu_RF, out=grad_up_RF)
-    grad_gate_RF.copy_(torch.ops.aten.silu_backward(grad_active_RF.mul_(up_RF), gate_RF))
-    return grad_hidden_R2F, grad_down
+def _activation_backward(hidden_2F: Tensor, grad_active_F: Tensor) -> tuple[Tensor, Tensor]:
+    """`silu(gate) * up` once more, and the gradient of [gate, up] from that of the activation."""
+    gate_F, up_F = hidden_2F.chunk(2, dim=-1)
+    silu_F = F.silu(gate_F)
+    grad_hidden_2F = torch.empty_like(hidden_2F)
+    grad_gate_F, grad_up_F = grad_hidden_2F.chunk(2, dim=-1)
+    torch.mul(grad_active_F, silu_F, out=grad_up_F)
+    grad_gate_F.copy_(torch.ops.aten.silu_backward(grad_active_F.mul_(up_F), gate_F))
+    return silu_F.mul_(up_F), grad_hidden_2F
+
+
+def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], device: torch.device) -> None:
+    """Calls `work(expert, its rows)` for every expert that has rows.
+
+    On a CPU with several threads and enough experts, each thread takes whole experts: many small products one beside the
+    other are faster than each of them cut into pieces. Experts write to separate rows, so the result does not depend on
+    who takes which.
+    """
+    spans = _spans(counts_L)
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(spans) < EXPERTS_PER_THREAD * threads:
+        for expert, rows in spans:
+            work(expert, rows)
+        return
+    queue = iter(sorted(spans, key=lambda span: span[1].start - span[1].stop))  # the largest first
+
+    def take_experts() -> None:
+        with torch.no_grad():
+            # `next` on a list iterator is one step of the interpreter: no two threads get the same expert.
+            for expert, rows in queue:
+                work(expert, rows)
+
+    for taken in [_single_threads(threads).submit(take_experts) for _ in range(threads)]:
+        taken.result()
+
+
+@functools.cache
+def _single_threads(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one thread each; made once a process."""
+    ready = threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(count, "expert", initializer=start)
+    for _ in range(count):
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(count)  # the setting of threads still to come, which `start` changed for all
+    return pool
 
 
 def _spans(counts_L: list[int]) -> list[tuple[int, slice]]:
