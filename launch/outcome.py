@@ -12,52 +12,56 @@ from data_pipeline.bigram import count_bigrams
 from data_pipeline.build import open_tokenizer
 from data_pipeline.loader import heldout_rows
 from data_pipeline.shards import TokenSplit
+from launch.run_directory import SUMMARY_FILE
 from launch.samples import generate_from_run
 from moe_dist.config import Config
 from moe_dist.model.flops import count_parameters
 from moe_dist.moe.balance import max_violation
+from moe_dist.train.loop import Trainer
 from moe_dist.train.metrics import Recorder
 
-SUMMARY_FILE = "summary.json"
-LOAD_STEPS = 20
 
+def write_summary(config: Config, build_dir: Path, status: str, trainer: Trainer) -> dict[str, Any]:
+    """Stores the summary in the run's directory and returns it; on rank 0 only.
 
-def write_summary(config: Config, build_dir: Path, status: str, recorder: Recorder) -> dict[str, Any]:
-    """Builds the summary from the record, stores it in the run's directory and returns it; on rank 0 only."""
-    summary = summarize(config, status, recorder)
+    The figures are stored before the baseline and the samples are made, and again after: what goes wrong with these is
+    told, and takes nothing away from a run that is trained.
+    """
+    recorder = trainer.recorder
+    summary = summarize(config, status, trainer.step, recorder)
+    _store(config, summary)
     if status == "finished":
-        recorder.event("message", text="counting the bigram baseline and writing samples")
-        summary["heldout"]["bigram_bits_per_byte"] = bigram_bits_per_byte(config, build_dir)
-        summary["samples"] = write_samples(config)
-    path = Path(config.run.dir) / SUMMARY_FILE
-    draft = path.with_suffix(".writing")
-    draft.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+        recorder.message("counting the bigram baseline and writing samples")
+        for name, make in (("bigram baseline", _add_baseline), ("samples", _add_samples)):
+            try:
+                make(config, build_dir, summary)
+            except Exception as error:  # noqa: BLE001 - an extra of a run that is already stored
+                recorder.message(f"no {name}: {type(error).__name__}: {error}")
+        _store(config, summary)
     recorder.event("end", status=status)
     return summary
 
 
-def summarize(config: Config, status: str, recorder: Recorder) -> dict[str, Any]:
-    """The figures of a run as plain values."""
-    rows = recorder.rows
+def summarize(config: Config, status: str, step: int, recorder: Recorder) -> dict[str, Any]:
+    """The figures of a run after `step` updates as plain values."""
+    rows, recent = recorder.rows, list(recorder.recent)
     seconds = sum(row["seconds"] for row in rows)
     counts = count_parameters(config.model)
-    before, after = recorder.evaluations.get(0), recorder.evaluations.get(len(rows))
     return {
         "status": status,
         "run_dir": config.run.dir,
-        "steps": len(rows),
+        "steps": step,
         "losses": [row["loss"] for row in rows],
         "seconds": seconds,
         "tokens_per_second": sum(row["tokens"] for row in rows) / seconds if rows else None,
         "mfu": sum(row["mfu"] * row["seconds"] for row in rows) / seconds if rows else None,
         "peak_gflops": recorder.peak_flops / 1e9,
         "parameters": {"total": counts.total, "active": counts.active},
-        "heldout": {"before": before, "after": after},
-        "expert_load": expert_load(config, rows[-LOAD_STEPS:]),
-        "drop_rate": sum(row["drop_rate"] for row in rows[-LOAD_STEPS:]) / max(1, len(rows[-LOAD_STEPS:])),
+        "heldout": {"before": recorder.evaluations.get(0), "after": recorder.evaluations.get(step)},
+        "expert_load": expert_load(config, recent),
+        "drop_rate": sum(row["drop_rate"] for row in recent) / max(1, len(recent)),
         "workers": recorder.workers,
-        "checkpoint": str(Path(config.run.dir) / "checkpoints" / f"step-{len(rows):08d}"),
+        "checkpoint": str(Path(config.run.dir) / "checkpoints" / f"step-{step:08d}"),
     }
 
 
@@ -78,16 +82,27 @@ def expert_load(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, An
     return layers
 
 
-def bigram_bits_per_byte(config: Config, build_dir: Path) -> float:
+def _add_baseline(config: Config, build_dir: Path, summary: dict[str, Any]) -> None:
     """A bigram model counted on every training token, scored on the held-out rows that evaluation uses."""
     length = config.data.sequence_length_tokens
     counted = count_bigrams(TokenSplit(build_dir, "train").all_rows(length), config.model.vocab_size)
     rows = heldout_rows(TokenSplit(build_dir, "heldout"), length, config.evaluate.sequences)
-    return counted.score([rows], open_tokenizer(build_dir).token_bytes()).bits_per_byte
+    score = counted.score([rows], open_tokenizer(build_dir).token_bytes())
+    summary["heldout"]["bigram_bits_per_byte"] = score.bits_per_byte
 
 
-def write_samples(config: Config) -> list[dict[str, str]]:
-    """Continues the configured prompts with the newest checkpoint, loaded anew by one process with all experts."""
+def _add_samples(config: Config, build_dir: Path, summary: dict[str, Any]) -> None:
+    """Continues the configured prompts with the newest checkpoint, loaded anew by one process with all experts.
+
+    On the CPU: the device still holds the part of the model that was trained.
+    """
     prompts = list(config.generate.prompts)
-    texts = generate_from_run(Path(config.run.dir), prompts)
-    return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    texts = generate_from_run(Path(config.run.dir), prompts, device=torch.device("cpu"))
+    summary["samples"] = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _store(config: Config, summary: dict[str, Any]) -> None:
+    path = Path(config.run.dir) / SUMMARY_FILE
+    draft = path.with_suffix(".writing")
+    draft.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)

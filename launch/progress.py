@@ -18,7 +18,8 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-PROGRESS_FILE = "progress.jsonl"
+from moe_dist.train import PROGRESS_FILE
+
 _FOLLOW_SECONDS = 0.2
 _PLAIN_SECONDS = 10.0
 _PLAIN_FRACTION = 0.05

@@ -24,10 +24,10 @@ from launch.environment import cores, rank_environment
 from launch.failure import RankError, first_cause, read_once, write_once
 from launch.interrupt import StopRequest, to_stderr
 from launch.local import DEFAULT_WORKER, load_worker
-from launch.progress import PROGRESS_FILE
 from launch.run_directory import resolve_paths
 from moe_dist.config import Config
 from moe_dist.errors import ConfigError, LayoutError, TrainingFault
+from moe_dist.train import PROGRESS_FILE
 
 _POLL_SECONDS = 0.2
 _PEER_ERROR_SECONDS = 3.0  # a rank that lost its peers waits so long for the named error that may explain it

@@ -16,7 +16,8 @@ from moe_dist.errors import ConfigError
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 
-# Keys and sections that a continued run may change: they do not change which numbers training computes.
+# Keys and sections that a continued run may change: where and how it runs, not what it trains. `train.steps` moves the
+# end of the run, and with it the learning rate of the steps still to come.
 _MAY_CHANGE = (
     "run",
     "launch",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import load_tokenizer
@@ -20,6 +23,7 @@ def generate_from_run(
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     seed: int | None = None,
+    device: torch.device | None = None,
 ) -> list[str]:
     """Continues prompts with a run's newest checkpoint.
 
@@ -29,6 +33,7 @@ def generate_from_run(
         max_new_tokens: Most tokens that are added; the config's where None.
         temperature: 0 takes the most probable token; the config's where None.
         seed: Of the sampling; the config's where None.
+        device: Where the model is put; a GPU if there is one where None.
 
     Returns:
         Each prompt with its continuation.
@@ -36,12 +41,12 @@ def generate_from_run(
     Raises:
         CheckpointError: The run has no checkpoint that proves whole.
     """
-    damaged: list[str] = []
-    found = newest_verified(run_dir / "checkpoints", damaged.append)
+    found = newest_verified(run_dir / "checkpoints", lambda text: print(text, file=sys.stderr))
     if found is None:
-        value = damaged[0] if damaged else "no checkpoint"
-        raise CheckpointError(str(run_dir), value, "text is made with a checkpoint of the run", "train the run first")
-    model, manifest = load_model(found[0], choose_device(0))
+        rule = "text is made with a checkpoint of the run"
+        raise CheckpointError(str(run_dir), "no checkpoint", rule, "train the run first")
+    path, manifest = found
+    model = load_model(path, manifest, device or choose_device(0))
     config = parse_config(manifest["config"])
     tokenizer = load_tokenizer(run_dir / TOKENIZER_NAME, config.model.vocab_size)
     own = config.generate

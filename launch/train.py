@@ -51,14 +51,14 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
         MoeDistError: What the user can act on.
     """
     layout = choose_layout(config.parallel.expert, process.world_size, config.model.moe.num_experts)
-    mesh = build_mesh(layout, process.device.type)
+    mesh = build_mesh(layout, config.launch.timeout_seconds)
 
     batches = RankBatches(config, build_dir, process)
     held_out = load_held_out(config, build_dir, process)
 
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallelize(model, mesh)
+    parallelize(model, mesh, config.parallel.dispatch)
     initialise(model, config.seed, process.device, parameter_type(config))
     optimizer = build_adamw(model, config.optimizer)
     trainee = Trainee(config, mesh, model, Gradients(model, mesh), optimizer)
@@ -67,15 +67,17 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     trainer = Trainer(trainee, batches, held_out, recorder)
     trainer.restore()
     recorder.open(trainer.step, config.train.steps, list_workers(process, mesh))
-    recorder.event("message", text=f"{layout}; {process.device.type}, {torch.get_num_threads()} threads a rank")
+    recorder.message(f"{layout}; {process.device.type}, {torch.get_num_threads()} threads a rank")
 
     if process.rank == 0:
         shutil.copyfile(build_dir / TOKENIZER_NAME, Path(config.run.dir) / TOKENIZER_NAME)
-    status = trainer.run(stop_asked=(Path(config.run.dir) / STOP_FILE).exists)
-    recorder.close()
+    try:
+        status = trainer.run(stop_asked=(Path(config.run.dir) / STOP_FILE).exists)
+    finally:
+        recorder.close()
     if process.rank > 0:
         return {"status": status}
-    return write_summary(config, build_dir, status, recorder)
+    return write_summary(config, build_dir, status, trainer)
 
 
 class RankBatches:

@@ -12,33 +12,65 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_dist.checkpoint import pieces, store
+from moe_dist.checkpoint.agree import on_every_rank, on_first_rank
 from moe_dist.config import parse_config
 from moe_dist.errors import CheckpointError
 from moe_dist.model.naming import global_tensors
 from moe_dist.model.transformer import Transformer
-from moe_dist.parallel.collectives import from_first
 from moe_dist.parallel.mesh import Mesh
 
 
 def newest_verified(root: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose every byte is as written, with its manifest; damaged ones are reported by name."""
+    """The newest checkpoint whose every byte is as written, with its manifest; damaged ones are reported by name.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: There are checkpoints and none proves whole: nothing may then begin anew in silence.
+    """
+    problems = []
     for path in store.committed(root):
         try:
             return path, store.verify(path)
         except CheckpointError as error:
-            report(f"checkpoint {path.name} is left out: {error.where}: found {error.value}; {error.rule}")
+            problems.append(error)
+            report(_left_out(path, error.where, str(error.value), error.rule))
+    if problems:
+        raise _none_is_whole(root, problems[0].where, str(problems[0].value))
     return None
 
 
 def agree_on_newest(root: Path, mesh: Mesh, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Rank 0 looks and proves, all ranks take what it found."""
-    return from_first(newest_verified(root, report) if mesh.rank == 0 else None, mesh.world)
+    """The same for all ranks of a run, which share out the parts to be proven; entered by all ranks."""
+    names = on_first_rank(lambda: [path.name for path in store.committed(root)], mesh).unwrap()
+    first: tuple[str, str] | None = None
+    for name in names:
+        share = (mesh.rank, mesh.layout.ranks)
+        outcomes = on_every_rank(lambda: store.verify(root / name, share), mesh)  # noqa: B023 - called at once
+        damage = next((outcome.problem for outcome in outcomes if outcome.problem), None)
+        if damage is None:
+            return root / name, outcomes[0].value
+        report(_left_out(root / name, *damage[:3]))
+        first = first or (damage[0], damage[1])
+    if first is not None:
+        raise _none_is_whole(root, *first)
+    return None
+
+
+def _left_out(path: Path, where: str, value: str, rule: str) -> str:
+    return f"checkpoint {path.name} is left out: {where}: found {value}; {rule}"
+
+
+def _none_is_whole(root: Path, where: str, value: str) -> CheckpointError:
+    fix = f"restore {root} from a copy, or choose another run.dir to train anew"
+    return CheckpointError(where, value, f"one of the checkpoints in {root} proves whole", fix)
 
 
 def load_training_state(
     path: Path, manifest: dict[str, Any], model: Transformer, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Fills the weights and moments held here, whatever layout wrote them.
+    """Fills the weights, moments and buffers held here, whatever layout wrote them.
 
     Raises:
         CheckpointError: A tensor is missing or has another shape or type.
@@ -49,15 +81,16 @@ def load_training_state(
         for piece, tensors in pieces.pieces_here(model, optimizer):
             for kind, target in tensors.items():
                 read(f"{kind}/{piece.name}", target)
+        for name, buffer in pieces.buffers_here(model).items():
+            read(name, buffer)
 
 
-def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str, Any]]:
-    """A whole plain model from a checkpoint, in one process, with the manifest.
+def load_model(path: Path, manifest: dict[str, Any], device: torch.device) -> Transformer:
+    """A whole plain model, in one process, from a checkpoint and its proven manifest.
 
     Raises:
-        CheckpointError: The checkpoint is damaged or incomplete.
+        CheckpointError: A tensor is missing or has another shape or type.
     """
-    manifest = store.verify(path)
     config = parse_config(manifest["config"])
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -68,7 +101,9 @@ def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str,
         read = _reader(path, manifest, stack)
         for piece in global_tensors(model):
             read(f"model/{piece.name}", piece.of(model.get_parameter(piece.parameter).detach()))
-    return model.eval(), manifest
+        for name, buffer in pieces.buffers_here(model).items():
+            read(name, buffer)
+    return model.eval()
 
 
 def _reader(path: Path, manifest: dict[str, Any], stack: ExitStack) -> Callable[[str, Tensor], None]:

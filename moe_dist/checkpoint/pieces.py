@@ -1,7 +1,8 @@
-"""What a checkpoint holds: every weight and both AdamW moments, under global names.
+"""What a checkpoint holds: every weight and both AdamW moments, and every buffer, under global names.
 
 model/embedding.weight                           exp_avg/embedding.weight          exp_avg_sq/...
 model/blocks.0.feed_forward.experts.down#5       one tensor an expert, by global expert id
+model/blocks.0.feed_forward.router.selection_bias                                     a buffer has no moments
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import ModelConfig
-from moe_dist.model.naming import GlobalTensor, global_tensors
+from moe_dist.model.naming import GlobalTensor, global_buffers, global_tensors
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
 
@@ -24,7 +25,8 @@ def expected_names(config: ModelConfig) -> set[str]:
     with torch.device("meta"):
         model = Transformer(config)
     kinds = ("model", *MOMENTS)
-    return {f"{kind}/{piece.name}" for piece in global_tensors(model) for kind in kinds}
+    pieces = {f"{kind}/{piece.name}" for piece in global_tensors(model) for kind in kinds}
+    return pieces | set(buffers_here(model))
 
 
 def pieces_here(
@@ -39,9 +41,14 @@ def pieces_here(
         yield piece, tensors
 
 
+def buffers_here(model: Transformer) -> dict[str, Tensor]:
+    """Every buffer by its name in a checkpoint; every rank holds all of them."""
+    return {f"model/{name}": buffer for name, buffer in global_buffers(model).items()}
+
+
 def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Tensor]:
     """The named tensors that this rank writes: each exists on several ranks and is written by one of them."""
-    owned = {}
+    owned = buffers_here(model) if mesh.rank == 0 else {}
     dense = 0  # counted over dense pieces alone: ranks hold different numbers of experts
     for piece, tensors in pieces_here(model, optimizer):
         if piece.index is None:

@@ -53,17 +53,23 @@ def commit(folder: Path, step: int, manifest: dict[str, Any]) -> Path:
         os.fsync(file.fileno())
     sync_folder(folder)
     final = folder.parent / f"step-{step:08d}"
+    replaced = folder.parent / f".writing-replaced-{uuid.uuid4().hex[:8]}"
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     folder.rename(final)
     sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
-def prune(root: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for path in committed(root)[keep:]:
-        shutil.rmtree(path)
+def prune(root: Path, published: Path, keep: int) -> None:
+    """Removes what is older than the newest `keep` checkpoints up to the one just published.
+
+    Later ones exist only where a damaged one was passed over; the run writes them anew when it gets there.
+    """
+    older = [path for path in committed(root) if path.name < published.name]
+    for path in older[keep - 1 :]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -86,14 +92,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """Proves a checkpoint: manifest, size and SHA-256 of every part. Returns the manifest.
+
+    Args:
+        path: The checkpoint.
+        share: (i, n) proves only every n-th part from the i-th, for n ranks that share the work.
 
     Raises:
         CheckpointError: Naming the first file that is not what was written.
     """
     manifest = read_manifest(path)
-    for part in manifest["parts"]:
+    for part in manifest["parts"][share[0] :: share[1]]:
         file = path / part["file"]
         if not file.is_file():
             raise CheckpointError(str(file), "missing", "every part of the manifest exists", "use an older checkpoint")

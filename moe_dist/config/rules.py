@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_dist.config.schema import Config
+from moe_dist.config.schema import Config, MoEConfig
 from moe_dist.errors import ConfigError
 
 
@@ -61,13 +61,12 @@ def _moe_rules(config: Config) -> Iterator[ConfigError]:
             f"a token cannot choose more experts than there are (model.moe.num_experts={moe.num_experts})",
             f"model.moe.top_k={moe.num_experts} or less",
         )
-    if moe.top_k == 1 and moe.normalize_gates:
-        yield ConfigError(
-            "model.moe.normalize_gates",
-            True,
-            "with top_k=1 a normalised gate weight is always 1, so the language-model loss cannot teach the router",
-            "model.moe.normalize_gates=false",
-        )
+    yield from _router_rules(moe)
+    if moe.router == "expert_choice":
+        yield from _expert_choice_rules(config)
+    if moe.router == "hash":
+        yield from _hash_rules(moe)
+    yield from _selection_rules(moe)
     if moe.balance_scope == "global" and moe.balance_loss > 0 and _may_accumulate(config):
         yield ConfigError(
             "model.moe.balance_scope",
@@ -75,6 +74,156 @@ def _moe_rules(config: Config) -> Iterator[ConfigError]:
             "the exact global term needs the whole global batch in one pass; "
             f"train.micro_batch_sequences={config.train.micro_batch_sequences} cuts it into several",
             f"train.micro_batch_sequences={config.train.global_batch_sequences}, or model.moe.balance_scope=sequence",
+        )
+
+
+def _router_rules(moe: MoEConfig) -> Iterator[ConfigError]:
+    """What routers that choose for each token demand of `top_k` and `normalize_gates`."""
+    if moe.router == "switch" and moe.top_k != 1:
+        yield ConfigError(
+            "model.moe.top_k",
+            moe.top_k,
+            "a Switch router sends each token to one expert",
+            "model.moe.top_k=1, or model.moe.router=softmax_topk",
+        )
+    if moe.router == "gshard" and moe.top_k != 2:
+        yield ConfigError(
+            "model.moe.top_k",
+            moe.top_k,
+            "a GShard router sends each token to two experts",
+            "model.moe.top_k=2, or model.moe.router=softmax_topk",
+        )
+    if moe.router == "gshard" and not moe.normalize_gates:
+        yield ConfigError(
+            "model.moe.normalize_gates",
+            False,
+            "the gate weights of a GShard router sum to one: the second expert is drawn by its normalised weight",
+            "model.moe.normalize_gates=true",
+        )
+    learns_by_gate = moe.router in ("softmax_topk", "sigmoid_topk", "switch", "noisy_topk")
+    if learns_by_gate and (moe.top_k == 1 or moe.router == "switch") and moe.normalize_gates:
+        yield ConfigError(
+            "model.moe.normalize_gates",
+            True,
+            "with top_k=1 a normalised gate weight is always 1, so the language-model loss cannot teach the router",
+            "model.moe.normalize_gates=false",
+        )
+
+
+def _expert_choice_rules(config: Config) -> Iterator[ConfigError]:
+    moe = config.model.moe
+    if moe.normalize_gates:
+        yield ConfigError(
+            "model.moe.normalize_gates",
+            True,
+            "with expert choice a gate weight is the raw probability: how many experts take a token is open",
+            "model.moe.normalize_gates=false",
+        )
+    for name in ("capacity_factor", "capacity_factor_eval"):
+        if getattr(moe, name) is None:
+            yield ConfigError(
+                f"model.moe.{name}",
+                None,
+                "with expert choice the capacity says how many tokens an expert takes; without one it takes all",
+                f"model.moe.{name}=1.0",
+            )
+    if moe.drop_policy != "probability":
+        yield ConfigError(
+            "model.moe.drop_policy",
+            moe.drop_policy,
+            "with expert choice an expert takes its most probable tokens",
+            "model.moe.drop_policy=probability",
+        )
+    if moe.renormalize_after_drop:
+        yield ConfigError(
+            "model.moe.renormalize_after_drop",
+            True,
+            "with expert choice a token that an expert does not take is not dropped, so there is no sum to restore",
+            "model.moe.renormalize_after_drop=false",
+        )
+    if moe.balance_loss > 0:
+        yield ConfigError(
+            "model.moe.balance_loss",
+            moe.balance_loss,
+            "with expert choice every expert takes equally many tokens; the balance term has no gradient",
+            "model.moe.balance_loss=0.0",
+        )
+    if config.generate.prompts:
+        yield ConfigError(
+            "generate.prompts",
+            list(config.generate.prompts),
+            "with expert choice no text can be generated: an expert compares all tokens of a sequence, later ones too",
+            "generate.prompts=[]",
+        )
+
+
+def _hash_rules(moe: MoEConfig) -> Iterator[ConfigError]:
+    for name in ("balance_loss", "z_loss", "input_jitter"):
+        if getattr(moe, name) > 0:
+            yield ConfigError(
+                f"model.moe.{name}",
+                getattr(moe, name),
+                "a hash router has no weights and does not read the hidden state: there is nothing to move",
+                f"model.moe.{name}=0.0",
+            )
+    if not moe.normalize_gates:
+        yield ConfigError(
+            "model.moe.normalize_gates",
+            False,
+            "a hash router has no probabilities; the weights of a token's experts are equal and sum to one",
+            "model.moe.normalize_gates=true",
+        )
+    drops = moe.capacity_factor is not None or moe.capacity_factor_eval is not None
+    if drops and moe.drop_policy == "probability":
+        yield ConfigError(
+            "model.moe.drop_policy",
+            "probability",
+            "a hash router has no probabilities to drop by",
+            "model.moe.drop_policy=position_token_major",
+        )
+
+
+def _selection_rules(moe: MoEConfig) -> Iterator[ConfigError]:
+    """Groups and selection bias."""
+    selects = moe.router in ("softmax_topk", "sigmoid_topk")
+    if moe.num_groups > 1 and not selects:
+        yield ConfigError(
+            "model.moe.num_groups",
+            moe.num_groups,
+            f"groups limit the choice of softmax_topk and sigmoid_topk; model.moe.router is {moe.router}",
+            "model.moe.num_groups=1",
+        )
+    if moe.selection_bias and not selects:
+        yield ConfigError(
+            "model.moe.selection_bias",
+            True,
+            f"a selection bias is for softmax_topk and sigmoid_topk; model.moe.router is {moe.router}",
+            "model.moe.selection_bias=false",
+        )
+    if moe.num_experts % moe.num_groups:
+        divisors = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - moe.num_groups))
+        yield ConfigError(
+            "model.moe.num_groups",
+            moe.num_groups,
+            f"must divide model.moe.num_experts ({moe.num_experts})",
+            f"model.moe.num_groups={nearest}",
+        )
+        return
+    if moe.groups_per_token > moe.num_groups:
+        yield ConfigError(
+            "model.moe.groups_per_token",
+            moe.groups_per_token,
+            f"must not exceed model.moe.num_groups ({moe.num_groups})",
+            f"model.moe.groups_per_token={moe.num_groups}",
+        )
+    experts_per_group = moe.num_experts // moe.num_groups
+    if moe.groups_per_token * experts_per_group < moe.top_k <= moe.num_experts:
+        yield ConfigError(
+            "model.moe.groups_per_token",
+            moe.groups_per_token,
+            f"a token's groups of {experts_per_group} experts must hold at least model.moe.top_k ({moe.top_k})",
+            f"model.moe.groups_per_token={-(-moe.top_k // experts_per_group)}",
         )
 
 

@@ -28,7 +28,6 @@ def section(kind: type[Section], meaning: str) -> Any:
 
 class RunConfig(Section):
     dir: str = key("runs/default", "Directory of this run: resolved config, metrics, checkpoints, logs.", "path")
-    log_every_steps: int = key(1, "A line of metrics is shown every so many steps.", "steps", ge=1)
 
 
 class TokenizerConfig(Section):
@@ -64,11 +63,23 @@ class DataConfig(Section):
 
 class MoEConfig(Section):
     num_experts: int = key(8, "Routed experts of a layer.", "experts", ge=2)
-    top_k: int = key(2, "Experts that each token is sent to.", "experts", ge=1)
+    router: Literal["softmax_topk", "sigmoid_topk", "switch", "gshard", "noisy_topk", "expert_choice", "hash"] = key(
+        "softmax_topk", "How experts and tokens find each other; each kind is explained in docs/moe.md."
+    )
+    top_k: int = key(2, "Experts that each token is sent to (in the mean, with expert_choice).", "experts", ge=1)
     expert_width: int = key(256, "Inner width of a routed expert.", "channels", ge=1)
     shared_expert_width: int = key(256, "Inner width of the expert every token passes; 0 for none.", "channels", ge=0)
     normalize_gates: bool = key(True, "Gate weights of a token's chosen experts sum to one (before `gate_scale`).")
     gate_scale: float = key(1.0, "Factor on the gate weights.", gt=0)
+    num_groups: int = key(1, "Groups of neighbouring experts, of which a token sees only the best.", "groups", ge=1)
+    groups_per_token: int = key(1, "Groups that a token may choose its experts from.", "groups", ge=1)
+    selection_bias: bool = key(
+        False, "Balance without a loss: a bias on the scores, for the choice alone, that moves against the load."
+    )
+    bias_update_rate: float = key(0.001, "Step of the selection bias at each optimizer update.", ge=0)
+    input_jitter: float = key(
+        0.0, "In training, the router's input is multiplied by uniform numbers within 1 plus or minus this.", ge=0, lt=1
+    )
     capacity_factor: float | None = key(
         None, "Rows an expert takes, as a multiple of an even share, in training; null drops nothing.", gt=0
     )
@@ -77,8 +88,10 @@ class MoEConfig(Section):
     capacity_group: Literal["sequence"] = key(
         "sequence", "Tokens that share a capacity: those of one sequence, so that drops do not depend on the layout."
     )
-    drop_policy: Literal["probability", "position"] = key(
-        "probability", "Who loses when an expert is full: the least probable tokens, or the latest ones."
+    drop_policy: Literal["probability", "position_token_major", "position_choice_major"] = key(
+        "probability",
+        "Who loses when an expert is full: the least probable tokens; the latest, all choices of a token side by side; "
+        "or the latest, where all first choices come before any second choice (GShard).",
     )
     renormalize_after_drop: bool = key(False, "After drops, the remaining gate weights of a token sum as before.")
     balance_loss: float = key(0.01, "Coefficient of the load-balancing loss (Switch form).", ge=0)
@@ -116,6 +129,11 @@ class ParallelConfig(Section):
         "above the number of experts.",
         "ranks",
         ge=1,
+    )
+    dispatch: Literal["all_to_all", "all_gather", "deduplicated"] = key(
+        "all_to_all",
+        "How tokens reach experts on other ranks: a row for every choice; every token to every rank; or a token once "
+        "to each rank that holds one of its experts.",
     )
 
 

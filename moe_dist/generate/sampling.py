@@ -5,11 +5,13 @@ Shape letters: B prompts, S tokens so far, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Transformer
 
 
@@ -45,11 +47,18 @@ def continue_prompts(
 
     Returns:
         The new tokens of each prompt.
+
+    Raises:
+        ConfigError: The router lets experts compare all tokens of a sequence.
     """
+    if prompts and model.config.moe.router == "expert_choice":
+        rule = "its experts compare all tokens of a sequence, later ones too, so no text can be made token by token"
+        raise ConfigError("model.moe.router", "expert_choice", rule, "train with model.moe.router=softmax_topk")
     device = model.embedding.weight.device
     continuations = []
     for number, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + number)
+        digest = hashlib.blake2b(f"{sampling.seed}|sample|{number}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         tokens = list(prompt)
         while len(tokens) - len(prompt) < sampling.max_new_tokens:
             recent_BS = torch.tensor([tokens[-window:]], device=device)

@@ -8,31 +8,37 @@ from moe_dist.config import ModelConfig
 from moe_dist.model.attention import Attention
 from moe_dist.model.feed_forward import FeedForward
 from moe_dist.model.norm import RMSNorm
+from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
 
 
 class Block(nn.Module):
-    """Pre-norm block. `feed_forward` is a `FeedForward` or a `MoELayer`."""
+    """Pre-norm block. `feed_forward` is a `FeedForward` or a `MoELayer`; `number` counts the blocks from 0."""
 
-    def __init__(self, config: ModelConfig, dense: bool) -> None:
+    def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
-        self.feed_forward = FeedForward(config.width, config.ffn_width) if dense else _moe_layer(config)
+        dense = number < config.num_dense_layers
+        self.feed_forward = FeedForward(config.width, config.ffn_width) if dense else _moe_layer(config, number)
 
     def forward(
-        self, x_BSD: Tensor, table: tuple[Tensor, Tensor], counted_BS: Tensor | None
+        self,
+        x_BSD: Tensor,
+        table: tuple[Tensor, Tensor],
+        counted_BS: Tensor | None,
+        context: RoutingContext | None = None,
     ) -> tuple[Tensor, MoERecord | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if isinstance(self.feed_forward, MoELayer):
-            out_BSD, record = self.feed_forward(normed_BSD, counted_BS)
+            out_BSD, record = self.feed_forward(normed_BSD, counted_BS, context)
             return x_BSD + out_BSD, record
         return x_BSD + self.feed_forward(normed_BSD), None
 
 
-def _moe_layer(config: ModelConfig) -> MoELayer:
+def _moe_layer(config: ModelConfig, number: int) -> MoELayer:
     moe = config.moe
     shared = FeedForward(config.width, moe.shared_expert_width) if moe.shared_expert_width else None
-    return MoELayer(config.width, moe, shared)
+    return MoELayer(config.width, moe, shared, number)

@@ -26,7 +26,8 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     heads = config.head_width * (2 * config.num_heads + 2 * config.num_kv_heads)
     attention = width * heads + 2 * width
     expert = 3 * width * moe.expert_width
-    beside = width * moe.num_experts + 3 * width * moe.shared_expert_width
+    routers = {"hash": 0, "noisy_topk": 2}.get(moe.router, 1)  # matrices [E, D]
+    beside = routers * width * moe.num_experts + 3 * width * moe.shared_expert_width
     dense = 3 * width * config.ffn_width
     sparse_layers = config.num_layers - config.num_dense_layers
     embedding = config.vocab_size * width * (1 if config.tie_embeddings else 2)

@@ -3,7 +3,8 @@
 | parameter | initial value |
 |---|---|
 | norms | 1 |
-| embedding, router, query, key, value, gate_up, untied output | normal, `init_std` |
+| router's selection bias | 0 |
+| embedding, router (and its noise), query, key, value, gate_up, untied output | normal, `init_std` |
 | attention output, down projections (they write into the residual stream) | normal, `init_std / sqrt(2 * layers)` |
 
 Source: GPT-2 (Radford et al. 2019), section 2.3, for the scaling of residual outputs.
@@ -17,12 +18,12 @@ import math
 import torch
 
 from moe_dist.config import ModelConfig
-from moe_dist.model.naming import global_tensors
+from moe_dist.model.naming import global_buffers, global_tensors
 from moe_dist.model.transformer import Transformer
 
 
 def initialise(model: Transformer, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    """Moves a model from `meta` to a device and fills every parameter held here.
+    """Moves a model from `meta` to a device and fills every parameter and buffer held here.
 
     Numbers are drawn on the CPU in fp32, one stream a global name, and then cast: the device plays no part in them.
     """
@@ -33,6 +34,8 @@ def initialise(model: Transformer, seed: int, device: torch.device, dtype: torch
         for piece in global_tensors(model):
             target = piece.of(parameters[piece.parameter])
             target.copy_(initial_value(piece.name, target.shape, model.config, seed))
+        for buffer in global_buffers(model).values():
+            buffer.zero_()
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Global names: what a parameter is called whatever rank holds it.
 
 A dense parameter keeps its module path. A stacked expert parameter is one tensor an expert, named by global expert id:
-`blocks.3.feed_forward.experts.down#17`. Initial weights, checkpoints and proofs speak only of these names.
+`blocks.3.feed_forward.experts.down#17`. A buffer (a router's selection bias) keeps its module path.
+Initial weights, checkpoints and proofs speak only of these names.
 """
 
 from __future__ import annotations
@@ -52,3 +53,9 @@ def global_tensors(model: nn.Module) -> Iterator[GlobalTensor]:
             continue
         for index, expert in enumerate(stacked[path]):
             yield GlobalTensor(f"{path}#{expert}", path, index)
+
+
+def global_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the model's state, by global name; every rank holds them whole."""
+    parameters = {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}

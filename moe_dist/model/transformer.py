@@ -11,7 +11,9 @@ from moe_dist.config import ModelConfig
 from moe_dist.model.block import Block
 from moe_dist.model.norm import RMSNorm
 from moe_dist.model.rope import rope_table
+from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
+from moe_dist.moe.randomness import Draw
 
 
 class Transformer(nn.Module):
@@ -21,25 +23,29 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, i < config.num_dense_layers) for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, number) for number in range(config.num_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BS: Tensor, counted_BS: Tensor | None = None) -> tuple[Tensor, list[MoERecord]]:
+    def forward(
+        self, tokens_BS: Tensor, counted_BS: Tensor | None = None, draw: Draw | None = None
+    ) -> tuple[Tensor, list[MoERecord]]:
         """Runs the blocks.
 
         Args:
             tokens_BS: Token ids.
             counted_BS: False for padding tokens, which no routed expert sees; None where every token counts.
+            draw: Names the random numbers of routers that draw some in training; None outside training.
 
         Returns:
             The normed final hidden state [B, S, D] and the record of every mixture-of-experts layer in order.
         """
         x_BSD = self.embedding(tokens_BS)
         table = rope_table(tokens_BS.shape[1], self.config.head_width, self.config.rope_theta, x_BSD)
+        context = RoutingContext(tokens_BS, draw)
         records = []
         for block in self.blocks:
-            x_BSD, record = block(x_BSD, table, counted_BS)
+            x_BSD, record = block(x_BSD, table, counted_BS, context)
             if record is not None:
                 records.append(record)
         return self.final_norm(x_BSD), records

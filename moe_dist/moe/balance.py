@@ -55,12 +55,16 @@ def z_sum(logits_TE: Tensor, counted_BS: Tensor | None) -> Tensor:
     return square_T.sum()
 
 
-def demand_by_sequence(expert_TK: Tensor, counted_BS: Tensor | None, length: int, num_experts: int) -> Tensor:
-    """Assignments of counted tokens to each expert, by sequence, int64 [B, E]."""
+def demand_by_sequence(
+    expert_TK: Tensor, counted_BS: Tensor | None, length: int, num_experts: int, asks_TK: Tensor | None = None
+) -> Tensor:
+    """Assignments of counted tokens to each expert, by sequence, int64 [B, E]; choices not carried out are none."""
     choices_BN = expert_TK.reshape(-1, length * expert_TK.shape[1])
     weight_BN = torch.ones_like(choices_BN)
     if counted_BS is not None:
         weight_BN = counted_BS.long().repeat_interleave(expert_TK.shape[1], dim=1)
+    if asks_TK is not None:
+        weight_BN = weight_BN * asks_TK.view_as(choices_BN)
     return choices_BN.new_zeros(choices_BN.shape[0], num_experts).scatter_add_(1, choices_BN, weight_BN)
 
 

@@ -47,16 +47,17 @@ class Experts(nn.Module):
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.gate_up.dtype
         rows_RD, gate_up, down = (t.to(narrow) for t in (rows_RD, self.gate_up, self.down))
         with torch.autocast(kind, enabled=False):
-            if choose_backend(self.backend, kind, narrow) == "grouped":
+            if choose_backend(self.backend, gate_up, down) == "grouped":
                 return _grouped(rows_RD, gate_up, down, counts_L)
             return _ExpertLoop.apply(rows_RD, gate_up, down, counts_L)
 
 
-def choose_backend(asked: str, device_type: str, dtype: torch.dtype) -> str:
-    """The back end for a device and type: `grouped` where it is one kernel (CUDA, not fp64), otherwise `loop`."""
+def choose_backend(asked: str, gate_up: Tensor, down: Tensor) -> str:
+    """The back end for some weights: `grouped` where it is one kernel (CUDA, no fp64, whole 16 bytes), else `loop`."""
     if asked != "auto":
         return asked
-    return "grouped" if device_type == "cuda" and dtype != torch.float64 else "loop"
+    whole_rows = all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in (gate_up, down))
+    return "grouped" if down.device.type == "cuda" and down.dtype != torch.float64 and whole_rows else "loop"
 
 
 def _grouped(rows_RD: Tensor, gate_up: Tensor, down: Tensor, counts_L: list[int]) -> Tensor:
@@ -138,9 +139,9 @@ def _activation_backward(hidden_2F: Tensor, grad_active_F: Tensor) -> tuple[Tens
 def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], device: torch.device) -> None:
     """Calls `work(expert, its rows)` for every expert that has rows.
 
-    On a CPU with several threads and enough experts, each thread takes whole experts: many small products one beside the
-    other are faster than each of them cut into pieces. Experts write to separate rows, so the result does not depend on
-    who takes which.
+    On a CPU with several threads and enough experts, each thread takes whole experts: many small products side by side
+    are faster than each of them cut into pieces. Experts write to separate rows, so the result does not depend on who
+    takes which.
     """
     spans = _spans(counts_L)
     threads = torch.get_num_threads()
@@ -166,6 +167,7 @@ def _single_threads(count: int) -> ThreadPoolExecutor:
     ready = threading.Barrier(count + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread's first question sets it up; asked later, that would undo the next line
         torch.set_num_threads(1)
         ready.wait()
 

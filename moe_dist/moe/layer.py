@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from moe_dist.config import MoEConfig
 from moe_dist.moe import balance
+from moe_dist.moe.decision import RoutingContext, RoutingDecision
 from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.plan import Capacity, RoutingPlan, make_plan
-from moe_dist.moe.router import Router, RoutingDecision
+from moe_dist.moe.router import build_router
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,32 @@ class MoELayer(nn.Module):
     elsewhere, the other adds integer counts over the processes of a step. On one device they do nothing special.
     """
 
-    def __init__(self, width: int, config: MoEConfig, shared: nn.Module | None) -> None:
+    def __init__(self, width: int, config: MoEConfig, shared: nn.Module | None, number: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.router = Router(width, config)
+        self.router = build_router(width, config, number)
         self.experts = Experts(width, config)
         self.shared = shared
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.sum_over_ranks: Callable[[Tensor], Tensor] = _only_here
 
-    def forward(self, x_BSD: Tensor, counted_BS: Tensor | None = None) -> tuple[Tensor, MoERecord]:
-        """Args: x_BSD: input. counted_BS: False for padding, which no routed expert sees; None where all count."""
+    def forward(
+        self, x_BSD: Tensor, counted_BS: Tensor | None = None, context: RoutingContext | None = None
+    ) -> tuple[Tensor, MoERecord]:
+        """Routes, computes and combines.
+
+        Args:
+            x_BSD: Input.
+            counted_BS: False for padding, which no routed expert sees; None where all count.
+            context: Token ids and random numbers, for routers that use them.
+        """
         batch, length, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
-        decision = self.router(x_TD)
+        decision = self.router(x_TD, context)
         probability_TK = decision.probability_TE.detach().gather(1, decision.expert_TK)
         shape = (batch, length, self.config.num_experts)
         capacity = Capacity.of(self.config, self.training)
-        plan = make_plan(decision.expert_TK, probability_TK, counted_BS, shape, capacity)
+        plan = make_plan(decision.expert_TK, probability_TK, counted_BS, shape, capacity, decision.asks_TK)
         dispatched = self.dispatcher.dispatch(x_TD, plan)
         y_RD = self.experts(dispatched.rows_RD, dispatched.counts_L)
         out_TD = self.dispatcher.combine(y_RD, self._weights(decision, plan), plan, dispatched)
@@ -86,7 +95,9 @@ class MoELayer(nn.Module):
         if self.config.balance_scope == "global":
             balance_sum = balance.global_balance_sum(probability_TE, self.sum_over_ranks(plan.demand_E), counted_BS)
         else:
-            demand_BE = balance.demand_by_sequence(decision.expert_TK, counted_BS, length, self.config.num_experts)
+            demand_BE = balance.demand_by_sequence(
+                decision.expert_TK, counted_BS, length, self.config.num_experts, decision.asks_TK
+            )
             balance_sum = balance.sequence_balance_sum(probability_TE, demand_BE, counted_BS, length)
         return MoERecord(decision, plan, balance_sum, balance.z_sum(decision.logits_TE, counted_BS))
 

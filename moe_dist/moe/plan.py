@@ -28,7 +28,7 @@ class RoutingPlan:
     Attributes:
         slot_N: Slot `t*K + k` of every row, int64.
         row_TK: Row of every slot, int64; 0 where the slot has none (see `kept_TK`).
-        kept_TK: Whether the slot has a row: its token is counted and its expert had room.
+        kept_TK: Whether the slot has a row: its token is counted, its choice is carried out and its expert had room.
         demand_E: Slots of counted tokens that asked for each expert, before drops, int64.
         served_E: Rows of each expert, after drops, int64.
     """
@@ -57,26 +57,38 @@ class Capacity:
     Attributes:
         factor: Multiple of an even share; `ceil(factor * counted tokens * K / E)` rows.
         minimum: At least so many rows.
-        by_probability: The least probable are dropped; otherwise the latest in token order, first choices and second
-            choices of a token side by side (token-major).
+        policy: Who is dropped: with `probability` the least probable; with `position_token_major` the latest, all
+            choices of a token side by side; with `position_choice_major` the latest where every first choice comes
+            before any second one (Lepikhin et al. 2021, GShard, algorithm 1).
+        share: Experts per token that an even share is counted for, where a token asks for more (expert choice); None
+            takes the K of the choices.
     """
 
     factor: float
     minimum: int
-    by_probability: bool
+    policy: str
+    share: int | None = None
 
     @staticmethod
     def of(config: MoEConfig, training: bool) -> Capacity | None:
         """The capacity that a config asks for, or None where nothing is dropped."""
         factor = config.capacity_factor if training else config.capacity_factor_eval
-        if factor is None:
-            return None
-        return Capacity(factor, config.min_capacity, config.drop_policy == "probability")
+        return None if factor is None else Capacity(factor, config.min_capacity, config.drop_policy, config.top_k)
 
     def rows(self, tokens_B: Tensor, top_k: int, num_experts: int) -> Tensor:
         """Rows per expert for sequences of `tokens_B` counted tokens, int64 [B]. Exact for integer-valued products."""
-        share = tokens_B.double() * (self.factor * top_k) / num_experts
+        share = tokens_B.double() * (self.factor * (self.share or top_k)) / num_experts
         return torch.ceil(share - 1e-9).long().clamp(min=self.minimum)
+
+    def priority(self, probability_TK: Tensor) -> Tensor | None:
+        """What goes first in a queue, by slot; None where slots stand in the order of tokens."""
+        match self.policy:
+            case "probability":
+                return probability_TK.reshape(-1)
+            case "position_choice_major":
+                tokens, top_k = probability_TK.shape
+                return -torch.arange(top_k, device=probability_TK.device).repeat(tokens)
+        return None
 
 
 def make_plan(
@@ -85,6 +97,7 @@ def make_plan(
     counted_BS: Tensor | None,
     shape: tuple[int, int, int],
     capacity: Capacity | None,
+    asks_TK: Tensor | None = None,
 ) -> RoutingPlan:
     """Turns choices into rows.
 
@@ -94,21 +107,25 @@ def make_plan(
         counted_BS: False for padding, which takes no row and no capacity; None where every token counts.
         shape: (B, S, E).
         capacity: None drops nothing.
+        asks_TK: False for a choice that is not carried out: it is no demand and takes no row; None where all are.
     """
     batch, length, num_experts = shape
     expert_slots = expert_TK.reshape(-1)
     top_k = expert_TK.shape[1]
     kept_slots = torch.ones_like(expert_slots, dtype=torch.bool)
+    tokens_B = torch.full((batch,), length, device=expert_TK.device)
     if counted_BS is not None:
         kept_slots = counted_BS.reshape(-1, 1).expand(-1, top_k).reshape(-1)
+        tokens_B = counted_BS.sum(1)
+    if asks_TK is not None:
+        kept_slots = kept_slots & asks_TK.reshape(-1)
     demand_E = torch.bincount(expert_slots[kept_slots], minlength=num_experts)
     served_E = demand_E
     if capacity is not None:
-        tokens_B = kept_slots.view(batch, length * top_k).sum(1) // top_k
         limit_B = capacity.rows(tokens_B, top_k, num_experts)
         sequence_slots = torch.arange(batch, device=expert_TK.device).repeat_interleave(length * top_k)
-        order = probability_TK.reshape(-1) if capacity.by_probability else None
-        place = _place_in_queue(sequence_slots * num_experts + expert_slots, kept_slots, order)
+        queue = sequence_slots * num_experts + expert_slots
+        place = _place_in_queue(queue, kept_slots, capacity.priority(probability_TK))
         kept_slots = kept_slots & (place < limit_B[sequence_slots])
         served_E = torch.bincount(expert_slots[kept_slots], minlength=num_experts)
     return _rows(expert_TK, kept_slots, demand_E, served_E)

@@ -1,60 +1,126 @@
-"""The top-k softmax router: scores, choice of experts, gate weights. Always in fp32 or wider.
+"""The router of a layer: from hidden states to a decision, in fp32 or wider whatever the model's type.
 
 Shape letters: T tokens, D model width, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from moe_dist.config import MoEConfig
+from moe_dist.moe import randomness, router_kinds
+from moe_dist.moe.decision import RoutingContext, RoutingDecision
+from moe_dist.moe.randomness import Draw
+
+__all__ = ["HashRouter", "Router", "RoutingDecision", "build_router"]
 
 
-@dataclass(frozen=True)
-class RoutingDecision:
-    """What the router says about each token, before any capacity is applied.
-
-    Attributes:
-        logits_TE: Raw scores, fp32 or wider.
-        probability_TE: Softmax of the scores over all experts.
-        expert_TK: Chosen experts, most probable first, int64; ties go to the lower expert id.
-        gate_TK: Weight of each chosen expert, differentiable.
-    """
-
-    logits_TE: Tensor
-    probability_TE: Tensor
-    expert_TK: Tensor
-    gate_TK: Tensor
+def build_router(width: int, config: MoEConfig, layer: int) -> Router | HashRouter:
+    """The router that a config asks for; `layer` tells the random numbers and hashes of layers apart."""
+    return HashRouter(config, layer) if config.router == "hash" else Router(width, config, layer)
 
 
 class Router(nn.Module):
-    """Chooses `top_k` experts a token by the softmax of a linear score.
+    """Scores every expert by a linear map and decides as `config.router` says.
 
-    Source: Shazeer et al. 2017, equation 2 without noise; Mixtral (Jiang et al. 2024), section 2.1, for gates that are
-    normalised over the chosen experts. The normalised gate is computed as a softmax of the chosen logits, which is the
-    same number without a division that an epsilon would have to protect.
+    Attributes:
+        weight: [E, D].
+        noise_weight: [E, D], the learned spread of the noise; None but for `noisy_topk`.
+        selection_bias: fp32 [E], used for the choice alone and never in gates; None where the config has none. It is
+            moved once a step by `moved_bias` and stays fp32 when the module is cast.
     """
 
-    def __init__(self, width: int, config: MoEConfig) -> None:
+    selection_bias: Tensor | None
+
+    def __init__(self, width: int, config: MoEConfig, layer: int = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
+        noisy = config.router == "noisy_topk"
+        self.noise_weight = nn.Parameter(torch.empty(config.num_experts, width)) if noisy else None
+        bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None
+        self.register_buffer("selection_bias", bias_E)
 
-    def forward(self, x_TD: Tensor) -> RoutingDecision:
+    def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> RoutingDecision:
+        """Args: x_TD: hidden states. context: ids and random numbers; needed in training by routers that draw."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            exact = torch.promote_types(x_TD.dtype, torch.float32)
-            logits_TE = x_TD.to(exact) @ self.weight.to(exact).T
-            probability_TE = logits_TE.softmax(-1)
-            expert_TK = torch.sort(logits_TE, dim=-1, descending=True, stable=True).indices[:, : self.config.top_k]
-            gate_TK = self._gates(logits_TE, probability_TE, expert_TK)
-        return RoutingDecision(logits_TE, probability_TE, expert_TK, gate_TK)
+            x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+            if self.config.input_jitter and self.training:
+                x_TD = self._jittered(x_TD, _keys(context))
+            return self._decide(x_TD, x_TD @ self.weight.to(x_TD.dtype).T, context)
 
-    def _gates(self, logits_TE: Tensor, probability_TE: Tensor, expert_TK: Tensor) -> Tensor:
-        if self.config.normalize_gates:
-            gate_TK = logits_TE.gather(-1, expert_TK).softmax(-1)
-        else:
-            gate_TK = probability_TE.gather(-1, expert_TK)
-        return gate_TK * self.config.gate_scale
+    def _decide(self, x_TD: Tensor, logits_TE: Tensor, context: RoutingContext | None) -> RoutingDecision:
+        config = self.config
+        match config.router:
+            case "softmax_topk" | "switch":
+                return router_kinds.softmax_topk(logits_TE, config, self.selection_bias)
+            case "sigmoid_topk":
+                return router_kinds.sigmoid_topk(logits_TE, config, self.selection_bias)
+            case "gshard":
+                return router_kinds.gshard_top2(logits_TE, config, self._chance_of_second(context))
+            case "noisy_topk":
+                return router_kinds.softmax_topk(self._noisy(x_TD, logits_TE, context), config)
+            case "expert_choice":
+                return router_kinds.expert_choice(logits_TE, config)
+        raise AssertionError(f"the config tree allows no router {config.router!r} here")
+
+    def _jittered(self, x_TD: Tensor, keys: _Keys) -> Tensor:
+        """`x * uniform[1 - jitter, 1 + jitter)`. Source: Fedus et al. 2022 (Switch), appendix C."""
+        draw, position_T = keys
+        channel_D = torch.arange(x_TD.shape[1], device=x_TD.device)
+        name = (draw.seed, draw.step, randomness.JITTER, self.layer, position_T[:, None], channel_D)
+        return x_TD * (1 + self.config.input_jitter * (2 * randomness.uniform(*name) - 1)).to(x_TD.dtype)
+
+    def _chance_of_second(self, context: RoutingContext | None) -> Tensor | None:
+        if not self.training:
+            return None
+        draw, position_T = _keys(context)
+        return randomness.uniform(draw.seed, draw.step, randomness.SECOND_EXPERT, self.layer, position_T)
+
+    def _noisy(self, x_TD: Tensor, logits_TE: Tensor, context: RoutingContext | None) -> Tensor:
+        if not self.training:
+            return logits_TE
+        assert self.noise_weight is not None, "a noisy router has the weights of its noise"
+        draw, position_T = _keys(context)
+        expert_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
+        name = (draw.seed, draw.step, randomness.NOISE, self.layer, position_T[:, None], expert_E)
+        spread_TE = x_TD @ self.noise_weight.to(x_TD.dtype).T
+        return router_kinds.noisy_logits(logits_TE, spread_TE, randomness.normal(*name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves and casts as any module, but never casts the selection bias: bf16 would swallow its small moves."""
+        kept = self.selection_bias
+        super()._apply(fn, recurse)
+        moved = self.selection_bias
+        if kept is not None and moved is not None and moved.dtype != torch.float32:
+            self.selection_bias = kept.to(moved.device)
+        return self
+
+
+class HashRouter(nn.Module):
+    """Sends every token where the hash of its id says; it has no weights."""
+
+    def __init__(self, config: MoEConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+
+    def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> RoutingDecision:
+        """Args: x_TD: only its type and device matter. context: the token ids."""
+        assert context is not None, "hash routing needs the token ids: pass a RoutingContext"
+        exact = torch.promote_types(x_TD.dtype, torch.float32)
+        return router_kinds.hash_routing(context.token_BS.reshape(-1), self.layer, self.config, exact)
+
+
+_Keys = tuple[Draw, Tensor]
+
+
+def _keys(context: RoutingContext | None) -> _Keys:
+    """The draw of this forward and the global position of each token, int64 [T]."""
+    assert context is not None and context.draw is not None, (
+        "this router draws random numbers in training: pass a RoutingContext with a Draw, or call .eval()"
+    )
+    batch, length = context.token_BS.shape
+    return context.draw, context.draw.positions_T(batch, length, context.token_BS.device)

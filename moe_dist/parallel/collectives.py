@@ -35,9 +35,50 @@ class _AllToAllRows(torch.autograd.Function):
 
 
 def _exchange(rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    out_RD = rows_ND.new_empty(sum(receive), rows_ND.shape[1])
+    out_RD = rows_ND.new_empty(sum(receive), *rows_ND.shape[1:])
     dist.all_to_all_single(out_RD, rows_ND.contiguous(), receive, send, group=group)
     return out_RD
+
+
+def all_gather_rows(x_TD: Tensor, tokens_W: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Everybody's rows, ordered by rank, on every rank, [sum of `tokens_W`, D]; differentiable.
+
+    Ranks may hold unequal numbers of rows, which `all_gather` of gloo refuses; so each rank sends its rows to every
+    other by an uneven all-to-all. The gradient of a row is the sum over the ranks, in their order.
+
+    Args:
+        x_TD: Rows of this rank.
+        tokens_W: Rows of each rank of the group, as they announced.
+        group: The ranks.
+    """
+    return _AllGatherRows.apply(x_TD, tokens_W, group)
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, tokens_W: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.way_back = (tokens_W, [x_TD.shape[0]] * len(tokens_W), group)
+        copies = x_TD.expand(len(tokens_W), *x_TD.shape).flatten(0, 1)
+        return _exchange(copies, [x_TD.shape[0]] * len(tokens_W), tokens_W, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return sum_by_rank(_exchange(grads[0], *ctx.way_back), len(ctx.way_back[0])), None, None
+
+
+def sum_by_rank(parts_WTD: Tensor, ranks: int) -> Tensor:
+    """Sums rows [ranks * T, D] over ranks, in their order and in fp32 or wider, to [T, D] of the same type."""
+    total_TD, *others = parts_WTD.chunk(ranks) if parts_WTD.shape[0] else [parts_WTD]
+    wide = torch.promote_types(parts_WTD.dtype, torch.float32)
+    total_TD = total_TD.to(wide)
+    for part_TD in others:
+        total_TD = total_TD + part_TD
+    return total_TD.to(parts_WTD.dtype)
+
+
+def exchange_integers(values: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Sends `send[w]` neighbouring integers to each rank w; returns those received, ordered by source."""
+    return _exchange(values, send, receive, group)
 
 
 def exchange_counts(counts: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -11,10 +11,10 @@ stays inside a node where it can.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from moe_dist.errors import LayoutError
 
@@ -97,9 +97,19 @@ class Mesh:
         return self.layout.experts_of(self.expert_place)
 
 
-def build_mesh(layout: Layout, device_type: str) -> Mesh:
-    """Creates the groups; entered by all ranks."""
-    grid = init_device_mesh(device_type, (layout.expert_data, layout.expert), mesh_dim_names=("expert_data", "expert"))
+def build_mesh(layout: Layout, timeout_seconds: float) -> Mesh:
+    """Creates the groups; entered by all ranks, and every group by all of them in the same order.
+
+    Args:
+        layout: The degrees.
+        timeout_seconds: A collective of any of the groups that takes longer fails.
+    """
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is initialised before the mesh"
-    return Mesh(layout, dist.get_rank(), world, grid.get_group("expert"), grid.get_group("expert_data"))
+    limit = datetime.timedelta(seconds=timeout_seconds)
+    places, copies = range(layout.expert), range(layout.expert_data)
+    one_copy = [[copy * layout.expert + place for place in places] for copy in copies]
+    same_experts = [[copy * layout.expert + place for copy in copies] for place in places]
+    expert, _ = dist.new_subgroups_by_enumeration(one_copy, timeout=limit)
+    expert_data, _ = dist.new_subgroups_by_enumeration(same_experts, timeout=limit)
+    return Mesh(layout, dist.get_rank(), world, expert, expert_data)

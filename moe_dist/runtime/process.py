@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 from collections.abc import Iterator
@@ -15,15 +16,14 @@ from moe_dist.config import Config
 
 
 @dataclass(frozen=True)
-class Process:
-    """A rank, as its launcher started it.
+class Place:
+    """What a launcher knows of a rank before its process group exists.
 
     Attributes:
         rank: Place among all ranks.
         world_size: Number of ranks.
         local_rank: Place among the ranks of this node.
         local_world_size: Ranks on this node.
-        device: Where its tensors live.
         node: Name of the node, for the record.
     """
 
@@ -31,19 +31,14 @@ class Process:
     world_size: int
     local_rank: int
     local_world_size: int
-    device: torch.device
     node: str
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a launcher knows before the process group exists; fields as in `Process`."""
+class Process(Place):
+    """A rank that has joined its group; `device` is where its tensors live."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    node: str
+    device: torch.device
 
 
 @contextmanager
@@ -57,11 +52,13 @@ def open_process(place: Place, config: Config, init_method: str | None = None) -
         config: For the time-out and the threads.
         init_method: Rendezvous, for example `file:///path`; None where the group exists.
     """
-    device = choose_device(place.local_rank)
+    owns_group = not dist.is_initialized()
+    # A group that the launcher started tells by its backend what this rank was given.
+    given_gpu = dist.get_backend() == "nccl" if not owns_group else torch.cuda.is_available()
+    device = choose_device(place.local_rank) if given_gpu else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(config.train.threads_per_rank or share_of_cores(place.local_world_size))
-    owns_group = not dist.is_initialized()
     if owns_group:
         dist.init_process_group(
             backend_for(device),
@@ -71,7 +68,7 @@ def open_process(place: Place, config: Config, init_method: str | None = None) -
             timeout=datetime.timedelta(seconds=config.launch.timeout_seconds),
         )
     try:
-        yield Process(place.rank, place.world_size, place.local_rank, place.local_world_size, device, place.node)
+        yield Process(**dataclasses.asdict(place), device=device)
     finally:
         if owns_group:
             dist.destroy_process_group()

@@ -1,1 +1,3 @@
 """The training loop: one step, the loop around it, evaluation, metrics."""
+
+PROGRESS_FILE = "progress.jsonl"

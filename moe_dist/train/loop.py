@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from moe_dist.checkpoint.agree import on_first_rank
 from moe_dist.checkpoint.load import agree_on_newest, load_training_state
 from moe_dist.checkpoint.save import Saved, save_checkpoint
 from moe_dist.errors import CheckpointError
@@ -44,45 +45,53 @@ class Trainer:
         self.step = 0
 
     def restore(self) -> Path | None:
-        """Continues from the newest checkpoint that proves whole, if there is one; returns its path."""
-        warn = lambda text: self.recorder.event("message", text=text)  # noqa: E731
-        found = agree_on_newest(self.root, self.trainee.mesh, warn)
+        """Continues from the newest checkpoint that proves whole; returns its path, or None where there is none.
+
+        Raises:
+            CheckpointError: There are checkpoints but none proves whole, or they are of another model or data.
+        """
+        found = agree_on_newest(self.root, self.trainee.mesh, self.recorder.message)
         if found is None:
             return None
         path, manifest = found
-        model = self.config.model.model_dump(mode="json")
-        changed = [key for key, value in manifest["config"]["model"].items() if value != model.get(key)]
-        if changed:
-            rule = "a run continues with the model it was started with"
-            raise CheckpointError(str(path), f"model.{changed[0]} differs", rule, "another run.dir, or the old config")
+        _check_same_model(path, manifest["config"]["model"], self.config.model.model_dump(mode="json"))
         self.batches.load_state_dict(manifest["data"])
         load_training_state(path, manifest, self.trainee.model, self.trainee.optimizer)
         self.step = manifest["step"]
         return path
 
     def run(self, stop_asked: Callable[[], bool]) -> str:
-        """Trains to the last step or until some rank is asked to stop; returns `finished` or `interrupted`."""
-        config, device = self.config, self.held_out.rows.device
-        if self.step == 0 and 0 not in self.recorder.evaluations:
-            self.evaluate()
-        while self.step < config.train.steps:
+        """Trains to the last step or until some rank is asked to stop; returns `finished` or `interrupted`.
+
+        What a step does besides its update follows from the step and the config alone, never from what a rank
+        remembers, so that all ranks do the same. A step that a stop or a kill cut short is evaluated when the run
+        goes on.
+        """
+        steps, device = self.config.train.steps, self.held_out.rows.device
+        while True:
+            if self._is_due(self.config.evaluate.every_steps) or self.step in (0, steps):
+                self.evaluate()
+            if self.step >= steps:
+                return "finished"
             started = time.perf_counter()
             rows = next(self.batches).to(device)
             figures = train_step(self.trainee, rows, self.step, stop_asked())
             self.step += 1
             self.recorder.step(self.step, figures, time.perf_counter() - started)
-            last = self.step == config.train.steps
-            if last or figures.stop or self.step % config.checkpoint.every_steps == 0:
+            if figures.stop or self.step == steps:
                 self.save()
-            if figures.stop and not last:
+            elif self._is_due(self.config.checkpoint.every_steps):
+                self._try_to_save()
+            if figures.stop and self.step < steps:
                 return "interrupted"
-            if last or (config.evaluate.every_steps and self.step % config.evaluate.every_steps == 0):
-                self.evaluate()
-        return "finished"
 
     def save(self) -> Path:
-        """Publishes a checkpoint of this moment."""
-        self.recorder.flush()
+        """Publishes a checkpoint of this moment; the record up to it is on disk before.
+
+        Raises:
+            CheckpointError: It could not be written; on every rank alike.
+        """
+        on_first_rank(self.recorder.flush, self.trainee.mesh).unwrap()
         saved = Saved(self.step, self.config.model_dump(mode="json"), self.batches.state_dict())
         trainee = self.trainee
         keep = self.config.checkpoint.keep
@@ -94,3 +103,23 @@ class Trainer:
         """Scores the held-out rows and records the result."""
         result = evaluate(self.trainee, self.held_out)
         self.recorder.evaluation(self.step, result.loss, result.bits_per_byte)
+
+    def _try_to_save(self) -> None:
+        """A save between others: training goes on without it, and says so."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            self.recorder.message(f"step {self.step}: no checkpoint, training goes on: {error}")
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+
+def _check_same_model(path: Path, old: dict[str, Any], new: dict[str, Any], prefix: str = "model") -> None:
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            _check_same_model(path, before, now, f"{prefix}.{name}")
+        elif before != now:
+            rule = f"a run continues with the model it was started with: {prefix}.{name}={before}"
+            raise CheckpointError(str(path), f"{prefix}.{name}={now}", rule, "another run.dir, or the old value")

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.tensorboard import SummaryWriter
 
+from moe_dist.checkpoint.store import sync_folder
 from moe_dist.moe.balance import max_violation
+from moe_dist.train import PROGRESS_FILE
 from moe_dist.train.step import StepFigures
 
-PROGRESS_FILE = "progress.jsonl"
+RECENT_STEPS = 20
 _MOST_EXPERT_CURVES = 512
+_LOADS = ("demand", "served")
 
 _SCHEMA = pa.schema(
     [("step", pa.int64())]
@@ -37,13 +42,19 @@ _SCHEMA = pa.schema(
 
 
 class Recorder:
-    """Writes the record of a run; on other ranks than 0 it keeps rows and writes nothing.
+    """Writes the record of a run; on other ranks than 0 it does nothing.
 
     Args:
         run_dir: The run's directory.
         writes: Whether this rank writes.
         flops_per_token: Model FLOPs of a trained token.
         peak_flops: Measured matrix-product rate of all ranks together, in operations a second.
+
+    Attributes:
+        rows: The figures of every step so far, without the loads of the experts.
+        recent: The last `RECENT_STEPS` steps with their loads.
+        evaluations: Held-out scores by step.
+        workers: Where each rank runs.
     """
 
     def __init__(self, run_dir: Path, writes: bool, flops_per_token: float, peak_flops: float) -> None:
@@ -51,41 +62,53 @@ class Recorder:
         self.writes = writes
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.rows: list[dict[str, Any]] = []
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
         self.evaluations: dict[int, dict[str, float]] = {}
         self.workers: list[dict[str, Any]] = []
-        self._unwritten = 0
+        self._unwritten: list[dict[str, Any]] = []
         self._board: SummaryWriter | None = None
-        if writes:
-            (run_dir / "metrics").mkdir(parents=True, exist_ok=True)
 
     def open(self, first_step: int, steps: int, workers: list[dict[str, Any]]) -> None:
         """Takes up the record at a step: rows up to it are kept, later ones (of a run that was cut off) dropped."""
-        self.workers = workers
         if not self.writes:
             return
-        self.rows = _read_rows(self.run_dir / "metrics", first_step)
+        self.workers = workers
+        (self.run_dir / "metrics").mkdir(parents=True, exist_ok=True)
+        _cut_record(self.run_dir / "metrics", first_step)
+        self.rows = _read_rows(self.run_dir / "metrics", without=_LOADS)
+        self.recent.extend(_read_rows(self.run_dir / "metrics", from_step=first_step - RECENT_STEPS + 1))
         self.evaluations = _read_evaluations(self.run_dir / PROGRESS_FILE, first_step)
-        _replace_parts(self.run_dir / "metrics", self.rows)
         self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step + 1)
         self.event("start", time=time.time(), first_step=first_step, steps=steps, ranks=len(workers), workers=workers)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Appends one line to the progress file."""
+        """Appends one line to the progress file; a full disk must not stop what is only shown."""
         if not self.writes:
             return
-        with (self.run_dir / PROGRESS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": kind, **fields}) + "\n")
+        line = json.dumps({"event": kind, **fields}) + "\n"
+        try:
+            with (self.run_dir / PROGRESS_FILE).open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            print(f"{self.run_dir / PROGRESS_FILE}: {error}: {line}", file=sys.stderr)
+
+    def message(self, text: str) -> None:
+        """A line for the person who watches."""
+        self.event("message", text=text)
 
     def step(self, step: int, figures: StepFigures, seconds: float) -> None:
         """Records update number `step` (from 1)."""
+        if not self.writes:
+            return
         row = step_row(step, figures, seconds)
         row["mfu"] = row["tokens_per_second"] * self.flops_per_token / self.peak_flops
-        self.rows.append(row)
-        self._unwritten += 1
+        small = {name: value for name, value in row.items() if name not in _LOADS}
+        self.rows.append(small)
+        self.recent.append(row)
+        self._unwritten.append(row)
         if self._board is not None:
             _draw(self._board, row)
-        shown = {name: value for name, value in row.items() if name not in ("demand", "served")}
-        self.event("step", **{**shown, "max_vio": max(row["max_vio"], default=0.0)})
+        self.event("step", **{**small, "max_vio": max(row["max_vio"], default=0.0)})
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Records a held-out evaluation after `step` updates."""
@@ -97,9 +120,9 @@ class Recorder:
 
     def flush(self) -> None:
         """Writes the rows since the last flush as one Parquet part, durably."""
-        if self.writes and self._unwritten:
-            _write_part(self.run_dir / "metrics", self.rows[-self._unwritten :])
-        self._unwritten = 0
+        if self._unwritten:
+            _write_part(self.run_dir / "metrics", self._unwritten)
+            self._unwritten = []
         if self._board is not None:
             self._board.flush()
 
@@ -143,29 +166,37 @@ def _draw(board: SummaryWriter, row: dict[str, Any]) -> None:
                 board.add_scalar(f"load_layer_{layer}/expert_{expert}", count / max(1, sum(load)), step)
 
 
-def _write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
+def _write_part(folder: Path, rows: list[dict[str, Any]]) -> Path:
     path = folder / f"steps-{rows[0]['step']:08d}-{rows[-1]['step']:08d}.parquet"
     draft = path.with_suffix(".writing")
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), draft, compression="zstd")
     with draft.open("rb") as file:
         os.fsync(file.fileno())
     draft.replace(path)
+    sync_folder(folder)
+    return path
 
 
-def _read_rows(folder: Path, last_step: int) -> list[dict[str, Any]]:
-    rows: dict[int, dict[str, Any]] = {}
-    for path in sorted(folder.glob("steps-*.parquet")):
-        rows.update({row["step"]: row for row in pq.read_table(path).to_pylist()})
-    return [rows[step] for step in sorted(rows) if step <= last_step]
+def _parts(folder: Path) -> list[tuple[int, int, Path]]:
+    """(first step, last step, file) of every part, in order."""
+    return sorted((int(p.stem.split("-")[1]), int(p.stem.split("-")[2]), p) for p in folder.glob("steps-*.parquet"))
 
 
-def _replace_parts(folder: Path, rows: list[dict[str, Any]]) -> None:
-    old = set(folder.glob("steps-*"))
-    if rows:
-        _write_part(folder, rows)
-        old.discard(folder / f"steps-{rows[0]['step']:08d}-{rows[-1]['step']:08d}.parquet")
-    for path in old:
-        path.unlink()
+def _cut_record(folder: Path, last_step: int) -> None:
+    """Drops rows after a step; parts that end before it are left as they are."""
+    for first, last, path in _parts(folder):
+        if last > last_step:
+            kept = [row for row in pq.read_table(path).to_pylist() if row["step"] <= last_step]
+            if first <= last_step and kept:
+                _write_part(folder, kept)
+            path.unlink()
+
+
+def _read_rows(folder: Path, from_step: int = 0, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    columns = [name for name in _SCHEMA.names if name not in without]
+    parts = [path for _, last, path in _parts(folder) if last >= from_step]
+    rows = [row for path in parts for row in pq.read_table(path, columns=columns).to_pylist()]
+    return [row for row in rows if row["step"] >= from_step]
 
 
 def _read_evaluations(path: Path, last_step: int) -> dict[int, dict[str, float]]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from moe_dist.config import Config
 from moe_dist.errors import TrainingFault
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.randomness import Draw
+from moe_dist.moe.selection import moved_bias
 from moe_dist.objectives.language_modelling import LossSums, language_modelling_sums
 from moe_dist.optim import learning_rate, set_learning_rate
 from moe_dist.parallel.collectives import sum_ranks
@@ -75,23 +77,47 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     config = trainee.config
     trainee.model.train()
     trainee.optimizer.zero_grad(set_to_none=True)
-    here = torch.tensor(rows[:, 1:].numel(), dtype=torch.int64, device=rows.device)
-    counted = int(sum_ranks(here, trainee.mesh.world))
+    first_row, rows_everywhere = _place_in_batch(rows, trainee.mesh)
+    counted = rows_everywhere * rows[:, 1:].shape[1]
     tally = _Tally(trainee, stop_asked)
     for micro_batch in micro_batches(rows, config, trainee.mesh.layout.ranks):
         with autocast(config, rows.device):
-            sums = language_modelling_sums(trainee.model, micro_batch)
+            sums = language_modelling_sums(trainee.model, micro_batch, Draw(config.seed, step, first_row))
+        first_row += len(micro_batch)
         (sums.total(config.model.moe) / counted).backward()
         tally.add(sums)
     trainee.gradients.reduce()
     grad_norm = float(trainee.gradients.clip(config.train.clip_norm))
     figures = tally.figures(counted, grad_norm, learning_rate(step, config.train.steps, config.optimizer))
     if not math.isfinite(grad_norm):
-        fix = "a lower optimizer.lr, or train.precision=fp32; the last checkpoint is intact"
+        fix = "a new run.dir with a lower optimizer.lr or train.precision=fp32; this run's checkpoints are intact"
         raise TrainingFault(f"step {step + 1}", f"gradient norm {grad_norm}", "gradients are finite", fix)
     set_learning_rate(trainee.optimizer, figures.lr)
     trainee.optimizer.step()
+    move_selection_biases(trainee.model, figures.demand)
     return figures
+
+
+def _place_in_batch(rows: Tensor, mesh: Mesh) -> tuple[int, int]:
+    """(place of the first row here among those of all ranks, in order of rank; rows of all ranks)."""
+    rows_W = torch.zeros(mesh.layout.ranks, dtype=torch.int64, device=rows.device)
+    rows_W[mesh.rank] = len(rows)
+    everywhere = sum_ranks(rows_W, mesh.world).tolist()
+    return sum(everywhere[: mesh.rank]), sum(everywhere)
+
+
+@torch.no_grad()
+def move_selection_biases(model: Transformer, demand: Tensor) -> None:
+    """Moves every router's selection bias, alike on all ranks.
+
+    Args:
+        model: The model as cut for this rank.
+        demand: Assignments of the global batch before drops, int64 [layers, experts].
+    """
+    for (_, layer), demand_E in zip(model.moe_layers(), demand, strict=True):
+        bias_E = getattr(layer.router, "selection_bias", None)
+        if bias_E is not None:
+            bias_E.copy_(moved_bias(bias_E, demand_E.to(bias_E.device), layer.config.bias_update_rate))
 
 
 def micro_batches(rows: Tensor, config: Config, ranks: int) -> Iterator[Tensor]:

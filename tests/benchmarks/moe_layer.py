@@ -2,9 +2,11 @@
 
     python -m tests.benchmarks.moe_layer [--quick] [--json]
 
-All implementations get the same tokens, take turns within each round, and are compared by the median of their rounds, so
-that whatever else the machine does falls on all alike. fp32, 2,048 tokens. A peer that is not installed is left out and
-named. `--json` ends with one object: {"rows": [{"shape", "share_of_dense": {name: share}, "milliseconds": {name: ms}}]}.
+All implementations get the same tokens, take turns within each round, and are compared by the median of their rounds,
+so that whatever else the machine does falls on all alike. fp32, 2,048 tokens. A peer that is not installed is left out
+and named. `--json` ends with one object:
+
+    {"rows": [{"shape", "share_of_dense": {name: share}, "milliseconds": {name: ms}}]}
 """
 
 from __future__ import annotations

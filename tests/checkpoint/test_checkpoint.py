@@ -98,7 +98,7 @@ def test_checkpoint_holds_every_tensor_once_under_its_global_name(saved):
     assert sorted(names) == sorted(pieces.expected_names(CONFIG.model))
     assert len(manifest["parts"]) == 4
     assert "model/blocks.1.feed_forward.experts.down#7" in names
-    model, _ = load_model(path, torch.device("cpu"))
+    model = load_model(path, manifest, torch.device("cpu"))
     assert model.get_parameter("blocks.0.feed_forward.experts.down")[5].unique().tolist() == [5.0]
 
 
@@ -139,7 +139,7 @@ def test_missing_part_or_tensor_fails_loudly(root):
     shutil.rmtree(path / "nothing", ignore_errors=True)
     store.commit(_as_draft(path), 7, manifest)
     with pytest.raises(CheckpointError, match=r"gate_up#3"):
-        load_model(path, torch.device("cpu"))
+        load_model(path, store.read_manifest(path), torch.device("cpu"))
     next(path.glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="missing"):
         store.verify(path)
@@ -166,8 +166,36 @@ def test_pruning_keeps_the_newest(root):
     (path,) = store.committed(root)
     for step in (8, 9, 10):
         shutil.copytree(path, root / f"step-{step:08d}")
-    store.prune(root, keep=2)
+    store.prune(root, root / "step-00000010", keep=2)
     assert [p.name for p in store.committed(root)] == ["step-00000010", "step-00000009"]
+
+
+def test_pruning_never_removes_what_was_just_published(root):
+    (path,) = store.committed(root)
+    for step in (8, 50, 100):  # 50 and 100 were damaged and passed over; the run has just published 8 again
+        shutil.copytree(path, root / f"step-{step:08d}")
+    store.prune(root, root / "step-00000008", keep=1)
+    assert [p.name for p in store.committed(root)] == ["step-00000100", "step-00000050", "step-00000008"]
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_new_beginning(root):
+    (path,) = store.committed(root)
+    part = next(path.glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="proves whole"):
+        newest_verified(root, print)
+    errors = run_gang(load_nothing_whole, 2, str(root))
+    assert len(set(errors)) == 1 and part.name in errors[0]
+    assert newest_verified(root / "empty", print) is None
+
+
+def load_nothing_whole(rank: int, root: str) -> str:
+    trainee = parallel_trainee(CONFIG, 2, optimizer="adamw")
+    try:
+        agree_on_newest(Path(root), trainee.mesh, print)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
 
 
 def one_rank_cannot_write(rank: int, root: str) -> str:

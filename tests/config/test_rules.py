@@ -12,6 +12,19 @@ from moe_dist.config.load import read_tree, write_yaml
 from moe_dist.config.rules import broken_rules, check_rules
 from moe_dist.errors import ConfigError
 
+
+def expert_choice(**changed: object) -> dict:
+    """A legal tree with the expert-choice router, then changed."""
+    moe = {"router": "expert_choice", "normalize_gates": False, "balance_loss": 0.0}
+    moe |= {"capacity_factor": 1.0, "capacity_factor_eval": 1.0, **changed}
+    return {"model": {"moe": moe}, "generate": {"prompts": []}}
+
+
+def hashed(**changed: object) -> dict:
+    """A legal tree with the hash router, then changed."""
+    return {"model": {"moe": {"router": "hash", "balance_loss": 0.0, "z_loss": 0.0, **changed}}}
+
+
 # The broken keys, then what the error must say: key, value, a part of the rule, and the whole fix.
 BROKEN = [
     (
@@ -35,6 +48,74 @@ BROKEN = [
         ("model.moe.normalize_gates", True, "always 1", "model.moe.normalize_gates=false"),
     ),
     (
+        {"model": {"moe": {"router": "switch", "top_k": 2, "normalize_gates": False}}},
+        ("model.moe.top_k", 2, "one expert", "model.moe.top_k=1, or model.moe.router=softmax_topk"),
+    ),
+    (
+        {"model": {"moe": {"router": "gshard", "top_k": 3}}},
+        ("model.moe.top_k", 3, "two experts", "model.moe.top_k=2, or model.moe.router=softmax_topk"),
+    ),
+    (
+        {"model": {"moe": {"router": "gshard", "normalize_gates": False}}},
+        ("model.moe.normalize_gates", False, "sum to one", "model.moe.normalize_gates=true"),
+    ),
+    (
+        expert_choice(normalize_gates=True),
+        ("model.moe.normalize_gates", True, "raw probability", "model.moe.normalize_gates=false"),
+    ),
+    (
+        expert_choice(capacity_factor=None),
+        ("model.moe.capacity_factor", None, "without one it takes all", "model.moe.capacity_factor=1.0"),
+    ),
+    (
+        expert_choice(drop_policy="position_token_major"),
+        ("model.moe.drop_policy", "position_token_major", "most probable", "model.moe.drop_policy=probability"),
+    ),
+    (
+        expert_choice(renormalize_after_drop=True),
+        ("model.moe.renormalize_after_drop", True, "no sum to restore", "model.moe.renormalize_after_drop=false"),
+    ),
+    (
+        expert_choice(balance_loss=0.5),
+        ("model.moe.balance_loss", 0.5, "no gradient", "model.moe.balance_loss=0.0"),
+    ),
+    (
+        expert_choice() | {"generate": {"prompts": ["def "]}},
+        ("generate.prompts", ["def "], "no text can be generated", "generate.prompts=[]"),
+    ),
+    (
+        hashed(z_loss=0.001),
+        ("model.moe.z_loss", 0.001, "nothing to move", "model.moe.z_loss=0.0"),
+    ),
+    (
+        hashed(normalize_gates=False),
+        ("model.moe.normalize_gates", False, "no probabilities", "model.moe.normalize_gates=true"),
+    ),
+    (
+        hashed(capacity_factor=1.0),
+        ("model.moe.drop_policy", "probability", "to drop by", "model.moe.drop_policy=position_token_major"),
+    ),
+    (
+        {"model": {"moe": {"router": "gshard", "num_groups": 2}}},
+        ("model.moe.num_groups", 2, "model.moe.router is gshard", "model.moe.num_groups=1"),
+    ),
+    (
+        {"model": {"moe": {"router": "noisy_topk", "selection_bias": True}}},
+        ("model.moe.selection_bias", True, "model.moe.router is noisy_topk", "model.moe.selection_bias=false"),
+    ),
+    (
+        {"model": {"moe": {"num_experts": 12, "num_groups": 5}}},
+        ("model.moe.num_groups", 5, "must divide model.moe.num_experts (12)", "model.moe.num_groups=4"),
+    ),
+    (
+        {"model": {"moe": {"num_groups": 2, "groups_per_token": 3}}},
+        ("model.moe.groups_per_token", 3, "must not exceed model.moe.num_groups (2)", "model.moe.groups_per_token=2"),
+    ),
+    (
+        {"model": {"moe": {"num_groups": 4, "groups_per_token": 1, "top_k": 3}}},
+        ("model.moe.groups_per_token", 1, "at least model.moe.top_k (3)", "model.moe.groups_per_token=2"),
+    ),
+    (
         {
             "model": {"moe": {"balance_scope": "global"}},
             "train": {"micro_batch_sequences": 4, "global_batch_sequences": 8},
@@ -51,6 +132,15 @@ BROKEN = [
         ("model.moe.backend", "grouped", "has no fp64", "model.moe.backend=loop"),
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    "tree", [expert_choice(capacity_factor_eval=None), hashed(balance_loss=0.1), hashed(input_jitter=0.1)]
+)
+def test_rule_for_several_keys_names_the_one_that_broke_it(tree: dict) -> None:
+    (error,) = broken_rules(Config.model_validate(tree))
+    key = error.where.rpartition(".")[2]
+    assert error.value == tree["model"]["moe"][key] and error.fix.startswith(f"{error.where}=")
 
 
 @pytest.mark.parametrize(("tree", "expected"), BROKEN, ids=[expected[0] for _, expected in BROKEN])
@@ -88,6 +178,14 @@ def test_rules_defaults_keep_them_all() -> None:
     [
         {"model": {"moe": {"top_k": 1, "normalize_gates": False}}},
         {"model": {"moe": {"num_experts": 4, "top_k": 4}}},
+        {"model": {"moe": {"router": "switch", "top_k": 1, "normalize_gates": False}}},
+        {"model": {"moe": {"router": "gshard", "input_jitter": 0.01}}},
+        {"model": {"moe": {"router": "sigmoid_topk", "num_groups": 4, "groups_per_token": 2, "top_k": 4}}},
+        {"model": {"moe": {"selection_bias": True, "balance_loss": 0.0}}},
+        {"model": {"moe": {"num_groups": 8, "groups_per_token": 8}}},
+        expert_choice(),
+        hashed(top_k=1),
+        hashed(capacity_factor=1.0, drop_policy="position_choice_major"),
         {"model": {"num_layers": 2, "num_dense_layers": 2}},
         {"model": {"moe": {"balance_scope": "global"}}},
         {"model": {"moe": {"balance_scope": "global", "balance_loss": 0.0}}, "train": {"micro_batch_sequences": 1}},

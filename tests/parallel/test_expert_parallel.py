@@ -1,7 +1,9 @@
-"""Every legal layout of a few ranks makes the step of one process: routing, loss, every gradient, norm, update."""
+"""Every legal layout of a few ranks makes the step of one process with every dispatcher: routing, loss, every gradient,
+norm, update."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -9,38 +11,54 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.parallel import expert as expert_module
+from moe_dist.parallel import dispatch_all_to_all, dispatch_by_token
+from moe_dist.parallel import fan as fan_module
 from moe_dist.parallel import gradients as gradients_module
-from moe_dist.parallel.expert import arrange_by_expert
+from moe_dist.parallel.choices import Arrivals, arrange_arrivals
+from moe_dist.parallel.dispatch_all_to_all import arrange_by_expert
+from moe_dist.parallel.dispatch_by_token import TokenDispatcher
+from moe_dist.parallel.dispatch_deduplicated import DeduplicatedDispatcher
+from moe_dist.parallel.fan import Fan, fan_in
 from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
 from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step
 
 TOLERANCE = 1e-10
 
+DISPATCHERS = ("all_to_all", "all_gather", "deduplicated")
+TWO = ("all_to_all", "deduplicated")  # will do where a variant is about something else than rows
+
 # name: (moe options, other options)
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dropless": ({}, {}),
     "capacity by probability": ({"capacity_factor": 1.0}, {}),
     "capacity by position, renormalised": (
-        {"capacity_factor": 1.0, "drop_policy": "position", "renormalize_after_drop": True},
+        {"capacity_factor": 1.0, "drop_policy": "position_token_major", "renormalize_after_drop": True},
         {},
     ),
-    "global balance": ({"balance_scope": "global", "balance_loss": 0.5}, {}),
-    "untied, dense first layer": ({}, {"model": {"tie_embeddings": False, "num_dense_layers": 1}}),
-    "micro-batches of one": ({"capacity_factor": 1.25}, {"micro": 1}),
+    "global balance": ({"balance_scope": "global", "balance_loss": 0.5}, {"dispatch": TWO}),
+    "untied, dense first layer": (
+        {},
+        {"model": {"tie_embeddings": False, "num_dense_layers": 1}, "dispatch": TWO},
+    ),
+    "micro-batches of one": ({"capacity_factor": 1.25}, {"micro": 1, "dispatch": TWO}),
     "top-1 raw gate, no shared expert, no clipping": (
         {"top_k": 1, "normalize_gates": False, "shared_expert_width": 0},
         {"clip": None},
     ),
+    "seven experts, five a token, capacity": ({"num_experts": 7, "top_k": 5, "capacity_factor": 0.9}, {}),
+    "two experts": ({"num_experts": 2, "top_k": 2}, {}),
+    "every expert": ({"top_k": 8}, {}),
 }
 
 
-def config_of(variant: str, rows: int):
+def config_of(variant: str, rows: int, dispatch: str = "all_to_all"):
     moe, other = VARIANTS[variant]
     micro = other.get("micro", rows)
     train = {"global_batch_sequences": rows, "micro_batch_sequences": micro, "clip_norm": other.get("clip", 0.5)}
-    return small_config({"balance_loss": 0.1, **moe}, train=train, model=other.get("model", {}))
+    parallel = {"dispatch": dispatch}
+    model = other.get("model", {})
+    return small_config({"balance_loss": 0.1, **moe}, train=train, model=model, parallel=parallel)
 
 
 def cut(rows: Tensor, ranks: int) -> list[Tensor]:
@@ -48,34 +66,67 @@ def cut(rows: Tensor, ranks: int) -> list[Tensor]:
     return [rows[len(rows) * r // ranks : len(rows) * (r + 1) // ranks] for r in range(ranks)]
 
 
-def all_cases(rank: int, ranks: int, degrees: list[int], rows_counts: list[int]) -> dict[Any, StepProof]:
+@cache
+def expected_of(variant: str, count: int) -> StepProof:
+    return oracle_step(config_of(variant, count), random_rows(count))
+
+
+Case = tuple[int, int, str, str]  # expert degree, rows, variant, dispatcher
+
+
+def cases_of(degrees: list[int], rows_counts: list[int]) -> list[Case]:
+    """Every dispatcher with every variant; where there is one rank a copy, nothing is exchanged and one of them will
+    do for most variants."""
+    return [
+        (degree, count, variant, dispatch)
+        for degree in degrees
+        for count in rows_counts
+        for variant, (moe, other) in VARIANTS.items()
+        for dispatch in other.get("dispatch", DISPATCHERS)
+        if degree <= moe.get("num_experts", 8) and (degree > 1 or dispatch == "all_to_all" or variant == "dropless")
+    ]
+
+
+def all_cases(rank: int, ranks: int, cases: list[Case]) -> dict[Case, StepProof]:
     found = {}
-    for degree in degrees:
-        for count in rows_counts:
-            for variant in VARIANTS:
-                parts = cut(random_rows(count), ranks)
-                found[degree, count, variant] = candidate_step(rank, config_of(variant, count), degree, parts)
+    for degree, count, variant, dispatch in cases:
+        config = config_of(variant, count, dispatch)
+        found[degree, count, variant, dispatch] = candidate_step(rank, config, degree, cut(random_rows(count), ranks))
     return found
 
 
-@pytest.mark.parametrize(
-    ("ranks", "degrees", "rows_counts"),
-    [
-        (1, [1], [5]),
-        (2, [1, 2], [6, 1]),  # one row on two ranks: one has an empty batch
-        (3, [1, 3], [7]),  # eight experts over three ranks: 2, 3, 3
-        (4, [1, 2, 4], [6, 3]),
-    ],
-)
-def test_every_layout_makes_the_step_of_one_process(ranks, degrees, rows_counts):
-    found = run_gang(all_cases, ranks, ranks, degrees, rows_counts)
-    for degree, count, variant in found[0]:
-        expected = oracle_step(config_of(variant, count), random_rows(count))
+LAYOUTS = {  # ranks: (expert degrees, rows)
+    1: ([1], [5]),
+    2: ([1, 2], [6, 1]),  # one row on two ranks: one has an empty batch
+    3: ([1, 3], [7]),  # eight experts over three ranks: 2, 3, 3; seven: 2, 2, 3
+    4: ([1, 2, 4], [6, 3]),
+}
+
+
+@cache
+def steps_of(ranks: int) -> list[dict[str, dict[Any, StepProof]]]:
+    """What every rank of one gang found; the largest gang also takes the planted mistakes."""
+    return run_gang(steps_of_rank, ranks, ranks)
+
+
+def steps_of_rank(rank: int, ranks: int) -> dict[str, dict[Any, StepProof]]:
+    found: dict[str, dict[Any, StepProof]] = {"cases": all_cases(rank, ranks, cases_of(*LAYOUTS[ranks]))}
+    if ranks == 4:
+        found |= {"planted": planted(rank), "planted by token": planted_by_token(rank)}
+    return found
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_every_layout_and_dispatcher_makes_the_step_of_one_process(ranks):
+    for case in cases_of(*LAYOUTS[ranks]):
+        degree, count, variant, dispatch = case
+        expected = expected_of(variant, count)
         if "capacity" in variant:
             assert not torch.equal(expected.counts[0], expected.counts[1]), "the case must drop something"
-        proofs = [result[degree, count, variant] for result in found]
+        proofs = [found["cases"][case] for found in steps_of(ranks)]
         difference = first_difference(proofs, expected, TOLERANCE)
-        assert difference is None, f"expert degree {degree} of {ranks}, {count} rows, {variant}: {difference}"
+        layout = f"expert degree {degree} of {ranks}, {count} rows, {variant}, {dispatch}"
+        assert difference is None, f"{layout}: {difference}"
 
 
 def planted(rank: int) -> dict[str, StepProof]:
@@ -106,7 +157,7 @@ def planted(rank: int) -> dict[str, StepProof]:
         "balance from the counts of this rank only": mock.patch(
             "moe_dist.parallel.apply.share_counts", _shares_nothing
         ),
-        "rows left in order of arrival": mock.patch.object(expert_module, "arrange_by_expert", _unsorted),
+        "rows left in order of arrival": mock.patch.object(dispatch_all_to_all, "arrange_by_expert", _unsorted),
         "norm counts dense parameters once a rank": mock.patch.object(
             gradients_module.Gradients, "norm", _norm_over_all
         ),
@@ -149,10 +200,81 @@ EXPECTED_DIAGNOSIS = {
 
 
 def test_planted_mistakes_are_each_caught_where_they_are():
-    found = run_gang(planted, 4)
-    expected = oracle_step(config_of("global balance", 6), random_rows(6))
+    found = [steps["planted"] for steps in steps_of(4)]
+    expected = expected_of("global balance", 6)
     assert first_difference([result["none"] for result in found], expected, TOLERANCE) is None
     for name, where in EXPECTED_DIAGNOSIS.items():
+        difference = first_difference([result[name] for result in found], expected, TOLERANCE)
+        assert difference is not None, f"not caught: {name}"
+        assert where in difference, f"{name}: {difference}"
+
+
+def planted_by_token(rank: int) -> dict[str, StepProof]:
+    """Steps of four ranks in two expert copies, tokens de-duplicated, with one mistake each."""
+    config = config_of("seven experts, five a token, capacity", 6, "deduplicated")
+    parts = cut(random_rows(6), 4)
+    bring_gates = TokenDispatcher.bring_gates
+    bugs = {
+        "none": mock.patch.object(TokenDispatcher, "bring_gates", bring_gates),
+        "gate applied twice": mock.patch.object(
+            TokenDispatcher, "bring_gates", lambda *given: bring_gates(*given).square()
+        ),
+        "gradient of the gates dropped": mock.patch.object(
+            TokenDispatcher, "bring_gates", lambda *given: bring_gates(*given).detach()
+        ),
+        "gates in order of arrival": mock.patch.object(TokenDispatcher, "bring_gates", _gates_unsorted),
+        "sum over ranks misses the last": mock.patch.object(DeduplicatedDispatcher, "sum_at_home", _sum_without_last),
+        "rows left in order of arrival": mock.patch.object(dispatch_by_token, "arrange_arrivals", _arrivals_unsorted),
+        "gradient of a token from one expert of a rank": mock.patch.object(
+            fan_module._FanOut, "backward", staticmethod(_gradient_of_first_row)
+        ),
+    }
+    found = {}
+    for name, bug in bugs.items():
+        with bug:
+            found[name] = candidate_step(rank, config, 2, parts)
+    return found
+
+
+def _gates_unsorted(self: Any, gate_TK: Tensor, ticket: Any) -> Tensor:
+    gate_N1 = gate_TK.reshape(-1, 1).index_select(0, ticket.departures.slot_N)
+    traffic = ticket.traffic
+    exchange = dispatch_by_token.all_to_all_rows
+    return exchange(gate_N1, traffic.choices_out, traffic.choices_in, self.group).squeeze(1)
+
+
+def _sum_without_last(self: Any, returned: Tensor, ticket: Any) -> Tensor:
+    home = ticket.home
+    return fan_in(returned, None, Fan(home.source_R, home.passes[:-1], home.place_M))
+
+
+def _arrivals_unsorted(*given: Any) -> Arrivals:
+    right = arrange_arrivals(*given)
+    arrival_R = torch.arange(right.order_R.numel())
+    rows_M = torch.bincount(right.fan.source_R, minlength=right.fan.place_M.numel())
+    return Arrivals(Fan.of(rows_M, arrival_R), arrival_R, right.counts_L)
+
+
+def _gradient_of_first_row(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    fan = ctx.fan
+    return fan_module.sum_rows(grads[0], None, Fan(fan.source_R, fan.passes[:1], fan.place_M)), None
+
+
+EXPECTED_DIAGNOSIS_BY_TOKEN = {
+    "gate applied twice": "",
+    "gradient of the gates dropped": "gradient",
+    "gates in order of arrival": "",
+    "sum over ranks misses the last": "",
+    "rows left in order of arrival": "",
+    "gradient of a token from one expert of a rank": "gradient",
+}
+
+
+def test_planted_mistakes_of_the_deduplicated_dispatcher_are_each_caught():
+    found = [steps["planted by token"] for steps in steps_of(4)]
+    expected = expected_of("seven experts, five a token, capacity", 6)
+    assert first_difference([result["none"] for result in found], expected, TOLERANCE) is None
+    for name, where in EXPECTED_DIAGNOSIS_BY_TOKEN.items():
         difference = first_difference([result[name] for result in found], expected, TOLERANCE)
         assert difference is not None, f"not caught: {name}"
         assert where in difference, f"{name}: {difference}"

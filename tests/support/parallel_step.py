@@ -12,6 +12,7 @@ from moe_dist.config import Config
 from moe_dist.model import Transformer
 from moe_dist.model.init import initialise
 from moe_dist.model.naming import global_tensors
+from moe_dist.moe.randomness import Draw
 from moe_dist.objectives.language_modelling import language_modelling_sums
 from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.gradients import Gradients
@@ -41,7 +42,7 @@ class StepProof:
 def oracle_step(config: Config, rows: Tensor) -> StepProof:
     """The whole batch and all experts in this process, without any code of `parallel` or `train`."""
     model = plain_model(config, config.seed)
-    sums = language_modelling_sums(model, rows)
+    sums = language_modelling_sums(model, rows, Draw(config.seed, 0, 0))
     tokens = rows[:, 1:].numel()
     loss = sums.total(config.model.moe) / tokens
     loss.backward()
@@ -62,10 +63,10 @@ def oracle_step(config: Config, rows: Tensor) -> StepProof:
 
 def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Trainee:
     """This rank's part of the model; SGD with learning rate 1 shows a wrong gradient scale, Adam would hide it."""
-    mesh = build_mesh(choose_layout(expert, dist.get_world_size(), config.model.moe.num_experts), "cpu")
+    mesh = build_mesh(choose_layout(expert, dist.get_world_size(), config.model.moe.num_experts), timeout_seconds=60)
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallelize(model, mesh)
+    parallelize(model, mesh, config.parallel.dispatch)
     initialise(model, config.seed, torch.device("cpu"), dtype_of(config))
     if optimizer == "sgd":
         steps: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

@@ -86,6 +86,7 @@ def run_config(folder: str, precision: str = "fp32"):
         run={"dir": folder},
         train={"steps": 6, "precision": precision, "micro_batch_sequences": 2},
         checkpoint={"every_steps": 2, "keep": 5},
+        evaluate={"every_steps": 3},
         optimizer={"lr": 0.01, "warmup_steps": 2},
     )
 
@@ -112,12 +113,25 @@ def run_trainer(rank: int, folder: str, degree: int, ranks: int, stop_after: int
     }
 
 
+def killed_before_the_first_save(rank: int, folder: str) -> dict[str, Any]:
+    """A run that evaluates and then dies, and the same run started again: its record knows of the evaluation."""
+    trainee = parallel_trainee(run_config(folder), 2, optimizer="adamw")
+    recorder = Recorder(Path(folder), rank == 0, flops_per_token=1e3, peak_flops=1e9)
+    trainer = Trainer(
+        trainee, Rows(rank, 2), HeldOut(random_rows(4), 4, torch.ones(VOCAB, dtype=torch.int64)), recorder
+    )
+    recorder.open(0, 6, [])
+    trainer.evaluate()
+    return run_trainer(rank, folder, 2, 2)
+
+
 def runs_of_two(rank: int, folder: str) -> dict[str, Any]:
     found = {
         "whole": run_trainer(rank, f"{folder}/whole", 2, 2),
         "again": run_trainer(rank, f"{folder}/again", 2, 2),
         "stopped": run_trainer(rank, f"{folder}/cut", 2, 2, stop_after=3),
         "continued": run_trainer(rank, f"{folder}/cut", 2, 2),
+        "killed early": killed_before_the_first_save(rank, f"{folder}/early"),
         "other layout stopped": run_trainer(rank, f"{folder}/other", 1, 2, stop_after=3),
         "other layout continued": run_trainer(rank, f"{folder}/other", 2, 2),
     }
@@ -142,10 +156,36 @@ def test_run_stopped_and_continued_equals_one_never_stopped(tmp_path):
             assert len(found["continued"]["rows"]) == 6
             assert equal_runs(found["whole"], found["again"])
             assert equal_runs(found["whole"], found["continued"])
-            assert sorted(found["continued"]["evaluations"]) == [0, 6]
+            assert equal_runs(found["whole"], found["killed early"])
+            assert sorted(found["whole"]["evaluations"]) == [0, 3, 6]
+            assert found["continued"]["evaluations"] == found["whole"]["evaluations"]
             whole = [row["loss"] for row in found["whole"]["rows"]]
             for row, loss in zip(found["other layout continued"]["rows"], whole, strict=True):
                 assert row["loss"] == pytest.approx(loss, rel=RELATIVE[torch.float32])
+
+
+def full_disk_at_the_first_save(rank: int, folder: str) -> dict[str, Any]:
+    from moe_dist.checkpoint import save
+
+    original, failures = save.save_file, iter([rank == 1])
+
+    def fails_once(*arguments: Any) -> None:
+        if next(failures, False):
+            raise OSError(28, "No space left on device")
+        original(*arguments)
+
+    save.save_file = fails_once  # type: ignore[assignment]
+    found = run_trainer(rank, folder, 2, 2)
+    save.save_file = original
+    return found
+
+
+def test_failed_save_is_told_and_training_goes_on(tmp_path):
+    found = run_gang(full_disk_at_the_first_save, 2, str(tmp_path))
+    assert {result["status"] for result in found} == {"finished"}
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    told = (tmp_path / "progress.jsonl").read_text()
+    assert "step 2: no checkpoint" in told and "No space left" in told and "rank 1" in told
 
 
 def one_process(rank: int, folder: str) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""What goes into a routing decision beside the hidden states, and the decision itself.
+
+Shape letters: B sequences, S tokens of a sequence, T = B*S tokens, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_dist.moe.randomness import Draw
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What some routers must know of the tokens beside their hidden states.
+
+    Attributes:
+        token_BS: Token ids, int64 (hash routing).
+        draw: Names the random numbers of this forward; None outside training, where nothing is drawn.
+    """
+
+    token_BS: Tensor
+    draw: Draw | None = None
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """What the router says about each token, before any capacity is applied.
+
+    Attributes:
+        logits_TE: Raw scores, fp32 or wider.
+        probability_TE: Scores normalised over all experts: what the balance term sees and what drops are ordered by.
+        expert_TK: Chosen experts, int64, highest selection score first; ties go to the lower expert id.
+        gate_TK: Weight of each chosen expert, differentiable.
+        asks_TK: False where a choice is not carried out (a random second expert left out); None where all are.
+    """
+
+    logits_TE: Tensor
+    probability_TE: Tensor
+    expert_TK: Tensor
+    gate_TK: Tensor
+    asks_TK: Tensor | None = None

@@ -1,0 +1,138 @@
+"""The dispatchers of expert parallelism on gloo ranks: bytes on the wire, and time of forward and backward.
+
+    python -m tests.benchmarks.dispatch [--quick] [--json]
+
+Every rank holds 2,048 tokens of width 512 (fp32) that choose k of 64 experts uniformly at random. Experts return their
+input, so that what is timed is the exchange and its bookkeeping alone. All dispatchers get the same tokens and take
+turns within each round, which ends when the slowest rank is done; the median over rounds is shown. Bytes are those
+which a forward pass really handed to collectives for other ranks, summed over ranks; `bytes_formula` is the closed
+formula. Ends with 1 where they differ, or where the de-duplicated dispatcher sends more than half of the plain bytes at
+k 8 on 4 ranks. `--json` ends with one object:
+{"rows": [{ranks, k, dispatch, bytes, bytes_formula, share_of_plain_bytes, milliseconds}]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moe_dist.moe.dispatch import Dispatcher
+from moe_dist.moe.plan import RoutingPlan, make_plan
+from moe_dist.parallel.expert import build_dispatcher
+from moe_dist.parallel.mesh import Layout
+from moe_dist.parallel.wire import ItemBytes, expected_share_of_plain
+from tests.support.gang import run_gang
+from tests.support.wire import Wire
+
+TOKENS, WIDTH, EXPERTS = 2048, 512, 64
+RANKS, CHOICES = (2, 4), (2, 8)
+DISPATCHERS = ("all_to_all", "all_gather", "deduplicated")
+MOST_SHARE = 0.50  # of the plain bytes, de-duplicated, at k 8 on 4 ranks
+WARM_UP = 2
+
+
+def inputs_of(rank: int, top_k: int) -> tuple[Tensor, Tensor, RoutingPlan]:
+    """Tokens [T, D], gates [T, K] and the plan of one rank."""
+    draw = torch.Generator().manual_seed(rank)
+    x_TD = torch.randn(TOKENS, WIDTH, generator=draw)
+    gate_TK = torch.rand(TOKENS, top_k, generator=draw)
+    expert_TK = torch.rand(TOKENS, EXPERTS, generator=draw).topk(top_k).indices
+    return x_TD, gate_TK, make_plan(expert_TK, gate_TK, None, (1, TOKENS, EXPERTS), None)
+
+
+def one_pass(dispatcher: Dispatcher, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan) -> float:
+    """Seconds of forward and backward, from when all ranks begin until all are done."""
+    leaves = x_TD.detach().requires_grad_(), gate_TK.detach().requires_grad_()
+    dist.barrier()
+    started = time.perf_counter()
+    dispatched = dispatcher.dispatch(leaves[0], plan)
+    out_TD = dispatcher.combine(dispatched.rows_RD, leaves[1], plan, dispatched)
+    out_TD.backward(x_TD)
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+def measure(rank: int, ranks: int, rounds: int) -> list[dict[str, Any]]:
+    """What one rank sent and how long each dispatcher took, for every k."""
+    owners = [Layout(ranks, ranks, EXPERTS).experts_of(place) for place in range(ranks)]
+    dispatchers: dict[str, Any] = {name: build_dispatcher(name, dist.group.WORLD, owners) for name in DISPATCHERS}
+    item, rows = ItemBytes(4 * WIDTH, 4 * WIDTH, 4), []
+    for top_k in CHOICES:
+        x_TD, gate_TK, plan = inputs_of(rank, top_k)
+        seconds: dict[str, list[float]] = {name: [] for name in DISPATCHERS}
+        for _ in range(WARM_UP + rounds):
+            for name, dispatcher in dispatchers.items():
+                seconds[name].append(one_pass(dispatcher, x_TD, gate_TK, plan))
+        for name, dispatcher in dispatchers.items():
+            with Wire(rank).tapped() as wire:
+                dispatched = dispatcher.dispatch(x_TD, plan)
+                dispatcher.combine(dispatched.rows_RD, gate_TK, plan, dispatched)
+            formula = dispatcher.bytes_sent(dispatched, item).total
+            row = {"ranks": ranks, "k": top_k, "dispatch": name, "bytes": wire.taken(), "bytes_formula": formula}
+            rows.append(row | {"milliseconds": 1000 * statistics.median(seconds[name][WARM_UP:])})
+    return rows
+
+
+def over_ranks(found: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Bytes summed over ranks, with their share of the plain dispatcher's."""
+    rows = []
+    for parts in zip(*found, strict=True):
+        sums = {key: sum(part[key] for part in parts) for key in ("bytes", "bytes_formula")}
+        rows.append(parts[0] | sums | {"milliseconds": max(part["milliseconds"] for part in parts)})
+    plain = {(r["ranks"], r["k"]): r["bytes"] for r in rows if r["dispatch"] == "all_to_all"}
+    return [row | {"share_of_plain_bytes": row["bytes"] / plain[row["ranks"], row["k"]]} for row in rows]
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a person."""
+    table = Table(title=f"dispatch and combine of {TOKENS} tokens a rank, D {WIDTH}, {EXPERTS} experts, fp32, gloo")
+    for title in ("ranks", "k", "dispatch", "MB forward", "formula", "share of plain", "ms forward + backward"):
+        table.add_column(title, justify="left" if title == "dispatch" else "right")
+    for row in rows:
+        same = "equal" if row["bytes"] == row["bytes_formula"] else str(row["bytes_formula"])
+        share, milliseconds = f"{row['share_of_plain_bytes']:.3f}", f"{row['milliseconds']:.0f}"
+        case = (str(row["ranks"]), str(row["k"]), row["dispatch"])
+        table.add_row(*case, f"{row['bytes'] / 1e6:.2f}", same, share, milliseconds)
+    return table
+
+
+def main() -> int:
+    """Measures, prints a table and, with --json, one object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    options = parser.parse_args()
+    console = Console(file=sys.stderr if options.json else sys.stdout)
+    rows = []
+    for ranks in RANKS:
+        with console.status(f"{ranks} ranks"):
+            found = run_gang(measure, ranks, ranks, 5 if options.quick else 25, timeout_seconds=600)
+        rows += over_ranks(found)
+    console.print(table_of(rows))
+    free, distinct = expected_share_of_plain(8, 4), expected_share_of_plain(8, 4, EXPERTS)
+    console.print(f"k 8 on 4 ranks, de-duplicated: {free:.3f} of the plain rows to expect, {distinct:.3f} as the")
+    console.print(f"experts of a token are distinct; choices and gates come on top. At most {MOST_SHARE} of the bytes.")
+    if options.json:
+        print(json.dumps({"rows": rows}))
+    return 0 if holds(rows) else 1
+
+
+def holds(rows: list[dict[str, Any]]) -> bool:
+    """Whether bytes equal their formula and de-duplication saves what it must."""
+    exact = all(row["bytes"] == row["bytes_formula"] for row in rows)
+    asked = [r for r in rows if (r["ranks"], r["k"], r["dispatch"]) == (4, 8, "deduplicated")]
+    return exact and all(row["share_of_plain_bytes"] <= MOST_SHARE for row in asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

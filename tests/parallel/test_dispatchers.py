@@ -1,0 +1,273 @@
+"""Dispatchers on hand-made choices: outputs, every gradient, rows at the experts and bytes on the wire.
+
+Shape letters: T tokens of a rank, D model width, K experts per token, E experts, R rows at the experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_dist.moe.plan import RoutingPlan
+from moe_dist.parallel.choices import arrange_arrivals, crossing_tokens, encode_choices, list_departures
+from moe_dist.parallel.dispatch_deduplicated import fan_of_crossings
+from moe_dist.parallel.expert import build_dispatcher
+from moe_dist.parallel.fan import Fan, fan_in, fan_out
+from moe_dist.parallel.mesh import Layout
+from moe_dist.parallel.wire import ItemBytes, WireBytes, expected_share_of_plain
+from tests.support.gang import run_gang
+from tests.support.tolerances import assert_close
+from tests.support.wire import Wire
+
+RANKS, WIDTH = 3, 5
+DISPATCHERS = ("all_to_all", "all_gather", "deduplicated")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Choices of every rank: tokens of each, how they choose, and what is kept of it."""
+
+    tokens: tuple[int, ...] = (6, 4, 9)
+    experts: int = 7  # over three ranks: 2, 2, 3
+    top_k: int = 3
+    only: tuple[int, ...] = ()  # the experts that are chosen from; all where empty
+    kept: float = 1.0  # share of the choices that are kept
+    padded_rank: int | None = None  # a rank of padding only
+    dtype: torch.dtype = torch.float64
+    experts_dtype: torch.dtype | None = None  # of the experts' products and output, where it is another
+
+    @property
+    def item(self) -> ItemBytes:
+        """Bytes of what travels."""
+        result = self.experts_dtype or self.dtype
+        return ItemBytes(WIDTH * self.dtype.itemsize, WIDTH * result.itemsize, self.dtype.itemsize)
+
+
+CASES = {
+    "uniform": Case(),
+    "a rank without tokens": Case(tokens=(5, 0, 7)),
+    "no rank has a token": Case(tokens=(0, 0, 0)),
+    "all tokens to one expert": Case(top_k=1, only=(6,)),
+    "all choices on one rank": Case(top_k=2, only=(2, 3)),
+    "one expert of every rank": Case(only=(0, 2, 4)),
+    "every expert": Case(top_k=7),
+    "top-1": Case(top_k=1),
+    "half of the choices dropped": Case(top_k=4, kept=0.5),
+    "a rank of padding": Case(padded_rank=1),
+    "nothing kept": Case(kept=0.0),
+    "as many experts as ranks": Case(experts=3, top_k=2),
+    "fp32": Case(top_k=5, dtype=torch.float32),
+    "bf16 experts": Case(top_k=5, dtype=torch.float32, experts_dtype=torch.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one rank starts from: tokens, gates, choices, those kept, and a slope for the output."""
+
+    x_TD: Tensor
+    gate_TK: Tensor
+    expert_TK: Tensor
+    kept_TK: Tensor
+    slope_TD: Tensor
+
+
+def inputs_of(case: Case, rank: int) -> Inputs:
+    draw = torch.Generator().manual_seed(rank)
+    tokens = case.tokens[rank]
+    among = torch.tensor(case.only or tuple(range(case.experts)))
+    expert_TK = among[torch.rand(tokens, len(among), generator=draw).argsort(1)[:, : case.top_k]]
+    kept_TK = torch.rand(tokens, case.top_k, generator=draw) < (0.0 if rank == case.padded_rank else case.kept)
+    values = [torch.randn(tokens, n, generator=draw).to(case.dtype) for n in (WIDTH, case.top_k, WIDTH)]
+    return Inputs(values[0], values[1], expert_TK, kept_TK, values[2])
+
+
+def weights_of(case: Case) -> Tensor:
+    draw = torch.Generator().manual_seed(99)
+    return torch.randn(case.experts, WIDTH, WIDTH, generator=draw).to(case.dtype)
+
+
+def plan_of(expert_TK: Tensor, kept_TK: Tensor, experts: int) -> RoutingPlan:
+    """The plan with exactly these choices kept, made the slow way."""
+    kept, chosen = kept_TK.flatten().tolist(), expert_TK.flatten().tolist()
+    slots = [s for e in range(experts) for s, (k, c) in enumerate(zip(kept, chosen, strict=True)) if k and c == e]
+    slot_N = torch.tensor(slots, dtype=torch.int64)
+    row_TK = torch.zeros_like(expert_TK)
+    row_TK.view(-1)[slot_N] = torch.arange(len(slots))
+    served_E = torch.bincount(expert_TK[kept_TK], minlength=experts)
+    demand_E = torch.bincount(expert_TK.flatten(), minlength=experts)
+    return RoutingPlan(slot_N, row_TK, kept_TK, demand_E, served_E)
+
+
+def expected_of(case: Case) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Output and gradients of every rank, and the gradient of every expert, token by token in one process."""
+    weights = weights_of(case).requires_grad_()
+    found = []
+    for rank in range(RANKS):
+        given = inputs_of(case, rank)
+        x_TD, gate_TK = given.x_TD.clone().requires_grad_(), given.gate_TK.clone().requires_grad_()
+        y_TKD = torch.einsum("td,tkdf->tkf", x_TD, weights[given.expert_TK]).tanh()
+        out_TD = (y_TKD * (gate_TK * given.kept_TK)[..., None]).sum(1)
+        (out_TD * given.slope_TD).sum().backward()
+        found.append({"out": out_TD.detach(), "x": x_TD.grad, "gate": gate_TK.grad})
+    assert weights.grad is not None
+    return found, weights.grad
+
+
+def one_pass(rank: int, case: Case, dispatch: str) -> dict[str, Any]:
+    """Forward and backward of one dispatcher around simple experts, with the bytes of each part."""
+    owners = [Layout(RANKS, RANKS, case.experts).experts_of(place) for place in range(RANKS)]
+    dispatcher = build_dispatcher(dispatch, dist.group.WORLD, owners)
+    given = inputs_of(case, rank)
+    x_TD, gate_TK = given.x_TD.requires_grad_(), given.gate_TK.requires_grad_()
+    weights_LDD = weights_of(case)[owners[rank].start : owners[rank].stop].requires_grad_()
+    plan = plan_of(given.expert_TK, given.kept_TK, case.experts)
+    with Wire(rank).tapped() as wire:
+        dispatched = dispatcher.dispatch(x_TD, plan)
+        on_the_way = wire.taken()
+        narrow = case.experts_dtype or case.dtype
+        inputs = dispatched.rows_RD.to(narrow).split(dispatched.counts_L)
+        parts = zip(inputs, weights_LDD.to(narrow), strict=True)
+        y_RD = torch.cat([(rows @ weight).tanh() for rows, weight in parts])
+        out_TD = dispatcher.combine(y_RD, gate_TK, plan, dispatched)
+        sent = WireBytes(on_the_way, wire.taken())
+        (out_TD * given.slope_TD).sum().backward()
+    return {
+        "tensors": {"out": out_TD.detach(), "x": x_TD.grad, "gate": gate_TK.grad},
+        "experts": weights_LDD.grad,
+        "rows": dispatched.rows_RD.detach(),
+        "sent": sent,
+        "sent_backward": wire.taken(),
+        "formula": dispatcher.bytes_sent(dispatched, case.item),
+        "traffic": dispatcher.traffic(dispatched),
+    }
+
+
+def all_passes(rank: int) -> dict[Any, dict[str, Any]]:
+    return {(n, d, go): one_pass(rank, case, d) for n, case in CASES.items() for d in DISPATCHERS for go in (0, 1)}
+
+
+@cache
+def passes() -> list[dict[Any, dict[str, Any]]]:
+    return run_gang(all_passes, RANKS)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHERS)
+@pytest.mark.parametrize("name", CASES)
+def test_dispatcher_gives_the_sums_and_gradients_of_single_tokens(name, dispatch):
+    expected, expected_experts = expected_of(CASES[name])
+    found = [by_case[name, dispatch, 0] for by_case in passes()]
+    precision = CASES[name].experts_dtype or CASES[name].dtype  # decides the tolerance
+    for rank in range(RANKS):
+        for key, tensor in expected[rank].items():
+            assert_close(found[rank]["tensors"][key], tensor.to(precision), f"rank {rank}: {key}")
+    assert_close(torch.cat([f["experts"] for f in found]), expected_experts.to(precision), "experts")
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHERS)
+def test_dispatcher_run_twice_is_bit_identical(dispatch):
+    for by_case in passes():
+        for name in CASES:
+            first, second = (by_case[name, dispatch, go]["tensors"] for go in (0, 1))
+            assert all(torch.equal(first[key], second[key]) for key in first), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_experts_see_the_same_rows_in_the_same_order_from_every_dispatcher(name):
+    for by_case in passes():
+        plain, *others = (by_case[name, dispatch, 0]["rows"] for dispatch in DISPATCHERS)
+        assert all(torch.equal(plain, rows) for rows in others)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHERS)
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_sent_equal_the_closed_formula(name, dispatch):
+    for rank, by_case in enumerate(passes()):
+        found = by_case[name, dispatch, 0]
+        assert found["sent"] == found["formula"] == counted_bytes(CASES[name], rank, dispatch)
+        traffic, item = found["traffic"], CASES[name].item
+        results, tokens = (sum(n) - n[rank] for n in (traffic.tokens_out, traffic.tokens_in))
+        gates = 0 if dispatch == "all_to_all" else sum(traffic.choices_in) - traffic.choices_in[rank]
+        assert found["sent_backward"] == results * item.result + tokens * item.token + gates * item.gate
+
+
+def counted_bytes(case: Case, rank: int, dispatch: str) -> WireBytes:
+    """Bytes of a rank, counted choice by choice from the choices of all ranks."""
+    layout = Layout(RANKS, RANKS, case.experts)
+    owner = {expert: place for place in range(RANKS) for expert in layout.experts_of(place)}
+    choices: dict[tuple[int, int], int] = {}
+    tokens: dict[tuple[int, int], set[int]] = {}
+    for source in range(RANKS):
+        given = inputs_of(case, source)
+        for token, slot in given.kept_TK.nonzero().tolist():
+            pair = (source, owner[int(given.expert_TK[token, slot])])
+            choices[pair] = choices.get(pair, 0) + 1
+            tokens.setdefault(pair, set()).add(token)
+    item, others = case.item, [w for w in range(RANKS) if w != rank]
+    sent = sum(choices.get((rank, w), 0) for w in others)
+    received = sum(choices.get((w, rank), 0) for w in others)
+    if dispatch == "all_to_all":
+        experts_elsewhere = case.experts - len(layout.experts_of(rank))
+        return WireBytes(8 * experts_elsewhere + item.token * sent, item.result * received)
+    if dispatch == "all_gather":
+        there, back = case.tokens[rank] * len(others), sum(case.tokens[w] for w in others)
+    else:
+        there = sum(len(tokens.get((rank, w), ())) for w in others)
+        back = sum(len(tokens.get((w, rank), ())) for w in others)
+    return WireBytes(16 * len(others) + 8 * sent + item.token * there, item.gate * sent + item.result * back)
+
+
+def test_deduplicated_sends_one_row_where_all_experts_of_a_token_live_on_one_rank():
+    found = [by_case["all choices on one rank", "deduplicated", 0]["traffic"] for by_case in passes()]
+    assert [t.tokens_out for t in found] == [[0, tokens, 0] for tokens in (6, 4, 9)]
+    assert [t.choices_out for t in found] == [[0, 2 * tokens, 0] for tokens in (6, 4, 9)]
+
+
+def test_expected_share_of_uniform_routing_is_that_of_the_closed_formula():
+    assert expected_share_of_plain(8, 4) == pytest.approx(4 * (1 - 0.75**8) / 8)
+    assert expected_share_of_plain(1, 4) == expected_share_of_plain(1, 4, 64) == 1.0
+    assert expected_share_of_plain(2, 2, 4) == pytest.approx(1 - 1 / 6)  # one of six pairs misses a rank
+
+
+def test_choices_of_two_tokens_match_the_table_worked_by_hand():
+    # Three experts: 0 on rank 0; 1 and 2 on rank 1. Token 0 chose 2 then 0, token 1 chose 1 then 2.
+    plan = plan_of(torch.tensor([[2, 0], [1, 2]]), torch.ones(2, 2, dtype=torch.bool), 3)
+    departures = list_departures(plan, [1, 2])
+    crosses_WT = crossing_tokens(plan, departures.owner_N, 2)
+    assert departures.counts == [1, 3] and departures.slot_N.tolist() == [1, 0, 2, 3]
+    assert crosses_WT.tolist() == [[True, False], [True, True]]
+    code_N = encode_choices(plan, departures, [1, 2], crosses_WT.cumsum(1) - 1)
+    assert code_N.tolist() == [0, 0 * 2 + 1, 1 * 2 + 0, 1 * 2 + 1]
+    arrivals = arrange_arrivals(code_N[1:], [2], [3], 2)  # as rank 1 sees them
+    assert arrivals.counts_L == [1, 2] and arrivals.order_R.tolist() == [1, 0, 2]
+    assert arrivals.fan.source_R.tolist() == [1, 0, 1]
+    assert [rows.tolist() for rows in arrivals.fan.passes] == [[0, 1], [2]]
+    assert fan_of_crossings(crosses_WT).source_R.tolist() == [0, 0, 1]
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=st.lists(st.integers(0, 4), max_size=8), seed=st.integers(0, 9))
+def test_fan_sums_and_gradients_equal_loops(rows, seed):
+    draw = torch.Generator().manual_seed(seed)
+    order_R = torch.randperm(sum(rows), generator=draw)
+    fan = Fan.of(torch.tensor(rows, dtype=torch.int64), order_R)
+    lists = order_R.split(rows) if rows else ()
+    x_MD, slope_RD = (torch.randn(n, 3, generator=draw, dtype=torch.float64) for n in (len(rows), sum(rows)))
+    weight_R = torch.randn(sum(rows), generator=draw, dtype=torch.float64)
+    sums_MD = torch.zeros_like(x_MD)
+    for source, mine in enumerate(lists):
+        assert torch.equal(fan_out(x_MD, fan)[mine], x_MD[source].expand(len(mine), 3))
+        for row in mine:
+            sums_MD[source] += weight_R[row] * slope_RD[row]
+    assert_close(fan_in(slope_RD, weight_R, fan), sums_MD, "sums")
+    for function, tensors in ((fan_out, (x_MD,)), (fan_in, (slope_RD, weight_R)), (fan_in, (slope_RD, None))):
+        leaves = [t if t is None else t.clone().requires_grad_() for t in tensors]
+        assert torch.autograd.gradcheck(function, (*leaves, fan))
