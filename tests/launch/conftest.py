@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from launch import jobs
+from moe_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,3 +105,63 @@ def start_driver(run_dir: Path) -> Iterator[Callable[[str], subprocess.Popen[str
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+@contextlib.contextmanager
+def head_node(folder: Path) -> Iterator[str]:
+    """The job server's address of a head node that runs in the foreground, as a child that is ended.
+
+    Not a fixture of many tests: while it runs, `moe-dist train` without an address joins it.
+    """
+    gcs, dashboard, client, agent = free_ports(4)
+    ray_folder = folder / "r"
+    ray_folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TMPDIR", str(ray_folder))
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        command = ["start", "--head", "--block", "--num-cpus=1", "--include-dashboard=true", f"--port={gcs}"]
+        command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        command += [f"--dashboard-agent-listen-port={agent}", "--object-store-memory=100000000"]
+        log = folder / "log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ray.scripts.scripts", *command],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            yield _ready(f"http://127.0.0.1:{dashboard}", process, log)
+        finally:
+            below = descendants(process.pid)
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+            for pid in (process.pid, *below):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def _ready(address: str, process: subprocess.Popen[bytes], log: Path) -> str:
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            jobs._client(address).list_jobs()
+        except (ConfigError, RuntimeError):
+            return False
+        return True
+
+    wait_until(answers, 60, "the head node")
+    return address

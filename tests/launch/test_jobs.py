@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import socket
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +13,7 @@ import yaml
 from launch import jobs
 from moe_dist.config import parse_config
 from moe_dist.errors import ConfigError
+from tests.launch.conftest import head_node
 
 # Takes the place of the shipped `launch/cli.py`: what a job does is tested elsewhere.
 _COMMAND = """
@@ -30,55 +27,10 @@ sys.exit(config["seed"])
 """
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The job server's address of a head node that runs in the foreground, as a child that can be ended."""
-    gcs, dashboard, client, agent = free_ports(4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_TMPDIR", str(tmp_path_factory.mktemp("r")))
-        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        command = ["start", "--head", "--block", "--num-cpus=1", "--include-dashboard=true", f"--port={gcs}"]
-        command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-        command += [f"--dashboard-agent-listen-port={agent}", "--object-store-memory=100000000"]
-        log = tmp_path_factory.mktemp("head") / "log"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", *command],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        try:
-            yield _ready(f"http://127.0.0.1:{dashboard}", process, log)
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-
-
-def _ready(address: str, process: subprocess.Popen[bytes], log: Path) -> str:
-    from tests.launch.conftest import wait_until
-
-    def answers() -> bool:
-        assert process.poll() is None, log.read_text()
-        try:
-            jobs._client(address).list_jobs()
-        except (ConfigError, RuntimeError):
-            return False
-        return True
-
-    wait_until(answers, 60, "the head node")
-    return address
+    with head_node(tmp_path_factory.mktemp("h")) as address:
+        yield address
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.launch.conftest import ROOT, alive, events, wait_until
+from tests.launch.conftest import ROOT, alive, events, head_node, wait_until
 
 STEPS = 24
 # Four decimals of the losses of the first steps, whatever the number of ranks.
@@ -186,6 +186,18 @@ def test_two_nodes_train_the_same_model(config_path, two_ranks, tmp_path):
         nodes.shutdown()
     assert len({worker["node"] for worker in summary["workers"]}) == 2
     assert summary["losses"] == two_ranks["losses"]
+
+
+def test_submitted_job_trains_the_same_model_and_returns_its_exit_code(config_path, two_ranks, tmp_path_factory):
+    # One CPU on that node: two ranks take half each.
+    folder = tmp_path_factory.mktemp("j")
+    with head_node(folder) as address:
+        more = ("--address", address, "launch.cpus_per_worker=0.5")
+        answer = run("submit", config_path, folder / "run", *more)
+        assert answer["exit_code"] == 0 and answer["job_id"]
+        assert json.loads((folder / "run" / "summary.json").read_text())["losses"] == two_ranks["losses"]
+        missing = start("submit", config_path, folder / "other", *more, f"data.input={folder}/nothing")
+        assert finish(missing, expected_code=2)["exit_code"] == 2
 
 
 @pytest.fixture
