@@ -21,10 +21,9 @@ import pytest
 import yaml
 
 from tests.launch.conftest import ROOT, alive, events, head_node, wait_until
+from tests.support.tolerances import TWENTY_STEPS
 
 STEPS = 24
-# Four decimals of the losses of the first steps, whatever the number of ranks.
-LAYOUT_TOLERANCE = 1e-4
 
 TREE: dict[str, Any] = {
     "model": {
@@ -101,7 +100,7 @@ def reached(run_dir: Path, step: int) -> Callable[[], bool]:
 def test_losses_are_the_same_on_one_two_three_and_four_ranks(config_path, two_ranks, tmp_path):
     for ranks in (1, 3, 4):
         other = run("simulate", config_path, tmp_path / f"{ranks}", f"--ranks={ranks}")
-        assert other["losses"][:20] == pytest.approx(two_ranks["losses"][:20], rel=LAYOUT_TOLERANCE)
+        assert other["losses"][:20] == pytest.approx(two_ranks["losses"][:20], rel=TWENTY_STEPS)
         assert len(other["workers"]) == ranks
     assert two_ranks["losses"][-1] < two_ranks["losses"][0] - 0.1
 
