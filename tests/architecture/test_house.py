@@ -222,7 +222,7 @@ LAWFUL = [
     ("moe_dist/moe/x.py", "KINDS = {'a': 1}\n_WORDS = ['b']\ndef f():\n    found = []\n    return found"),
     ("moe_dist/runtime/x.py", "import os\nHOME = os.environ.get('HOME')\ndef rank():\n    return os.environ['RANK']"),
     ("moe_dist/moe/x.py", "class A:\n    def f(self, a, b, c, d, e, f): ...\n    x = torch.cuda.is_available"),
-    ("docs/x.md", "a folder such as ~/work/texts or data/root/x"),
+    ("docs/x.md", "a folder such as ~/texts or data/root/x"),
 ]
 
 

@@ -192,7 +192,7 @@ def test_rules_defaults_keep_them_all() -> None:
     ],
 )
 def test_rules_values_at_the_border_pass(tree: dict) -> None:
-    parse_config(tree)
+    assert list(broken_rules(parse_config(tree))) == []
 
 
 def test_rules_several_broken_are_all_yielded_in_order() -> None:
