@@ -28,8 +28,7 @@ def broken_rules(config: Config) -> Iterator[ConfigError]:
 def _model_rules(config: Config) -> Iterator[ConfigError]:
     model = config.model
     if model.num_heads % model.num_kv_heads:
-        divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - model.num_kv_heads))
+        nearest = _nearest_divisor(model.num_heads, model.num_kv_heads)
         yield ConfigError(
             "model.num_kv_heads",
             model.num_kv_heads,
@@ -201,8 +200,7 @@ def _selection_rules(moe: MoEConfig) -> Iterator[ConfigError]:
             "model.moe.selection_bias=false",
         )
     if moe.num_experts % moe.num_groups:
-        divisors = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - moe.num_groups))
+        nearest = _nearest_divisor(moe.num_experts, moe.num_groups)
         yield ConfigError(
             "model.moe.num_groups",
             moe.num_groups,
@@ -239,3 +237,8 @@ def _precision_rules(config: Config) -> Iterator[ConfigError]:
 
 def _may_accumulate(config: Config) -> bool:
     return config.train.micro_batch_sequences < config.train.global_batch_sequences
+
+
+def _nearest_divisor(whole: int, near: int) -> int:
+    """The divisor of `whole` that is closest to `near`; the smaller of two."""
+    return min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - near))

@@ -81,13 +81,10 @@ class MoEConfig(Section):
         0.0, "In training, the router's input is multiplied by uniform numbers within 1 plus or minus this.", ge=0, lt=1
     )
     capacity_factor: float | None = key(
-        None, "Rows an expert takes, as a multiple of an even share, in training; null drops nothing.", gt=0
+        None, "Rows an expert takes of each sequence, as a multiple of an even share; null drops nothing.", gt=0
     )
     capacity_factor_eval: float | None = key(None, "The same in evaluation and generation.", gt=0)
     min_capacity: int = key(1, "An expert takes at least this many rows of a capacity group.", "rows", ge=1)
-    capacity_group: Literal["sequence"] = key(
-        "sequence", "Tokens that share a capacity: those of one sequence, so that drops do not depend on the layout."
-    )
     drop_policy: Literal["probability", "position_token_major", "position_choice_major"] = key(
         "probability",
         "Who loses when an expert is full: the least probable tokens; the latest, all choices of a token side by side; "
