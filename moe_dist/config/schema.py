@@ -69,6 +69,23 @@ class MoEConfig(Section):
     top_k: int = key(2, "Experts that each token is sent to (in the mean, with expert_choice).", "experts", ge=1)
     expert_width: int = key(256, "Inner width of a routed expert.", "channels", ge=1)
     shared_expert_width: int = key(256, "Inner width of the expert every token passes; 0 for none.", "channels", ge=0)
+    shared_expert_gate: bool = key(
+        False, "The shared expert's output is weighed by a sigmoid of the token (Qwen2-MoE)."
+    )
+    activation: Literal["swiglu", "gelu", "relu"] = key(
+        "swiglu", "Routed experts: a gated pair of projections with SiLU, or one projection with GELU or ReLU."
+    )
+    latent_width: int | None = key(
+        None,
+        "Routed experts work in a space of this width, to which tokens are projected before dispatch and from which "
+        "they return after it; null is the model's own width.",
+        "channels",
+        ge=1,
+    )
+    weigh: Literal["output", "input"] = key(
+        "output", "Gate weights multiply what an expert returns, or what it receives (Llama 4)."
+    )
+    router_bias: bool = key(False, "The router's linear map has a learned bias (gpt-oss).")
     normalize_gates: bool = key(True, "Gate weights of a token's chosen experts sum to one (before `gate_scale`).")
     gate_scale: float = key(1.0, "Factor on the gate weights.", gt=0)
     num_groups: int = key(1, "Groups of neighbouring experts, of which a token sees only the best.", "groups", ge=1)
@@ -85,6 +102,14 @@ class MoEConfig(Section):
     )
     capacity_factor_eval: float | None = key(None, "The same in evaluation and generation.", gt=0)
     min_capacity: int = key(1, "An expert takes at least this many rows of a capacity group.", "rows", ge=1)
+    capacity_group: Literal["sequence", "rank"] = key(
+        "sequence",
+        "Tokens that an expert's capacity is counted for: each sequence, which no layout changes, or all that a rank "
+        "takes through the model at once, as other trainers do.",
+    )
+    pad_to_capacity: bool = key(
+        False, "Every expert always computes as many rows as its capacity, empty ones too: static shapes."
+    )
     drop_policy: Literal["probability", "position_token_major", "position_choice_major"] = key(
         "probability",
         "Who loses when an expert is full: the least probable tokens; the latest, all choices of a token side by side; "
@@ -92,12 +117,29 @@ class MoEConfig(Section):
     )
     renormalize_after_drop: bool = key(False, "After drops, the remaining gate weights of a token sum as before.")
     balance_loss: float = key(0.01, "Coefficient of the load-balancing loss (Switch form).", ge=0)
-    balance_scope: Literal["sequence", "global"] = key(
-        "sequence", "Tokens over which balance is asked for: each sequence, or the whole global batch (exact)."
+    balance_scope: Literal["sequence", "micro_batch", "global"] = key(
+        "sequence",
+        "Tokens over which balance is asked for: each sequence; those a rank takes through the model at once, which "
+        "depends on the layout; or the whole global batch.",
+    )
+    global_balance: Literal["exact", "micro_step", "running"] = key(
+        "exact",
+        "Where balance_scope=global and micro-batches are accumulated: counts of the whole global batch, from a pass "
+        "that only counts; of this micro-batch over all ranks; or of the micro-batches so far.",
+    )
+    group_balance_loss: float = key(
+        0.0, "Coefficient of the balance loss over num_groups groups of experts (DeepSeek-V2, device level).", ge=0
     )
     z_loss: float = key(0.001, "Coefficient of the router z-loss.", ge=0)
-    backend: Literal["auto", "grouped", "loop"] = key(
-        "auto", "How the experts multiply: F.grouped_mm, a loop of matrix products, or by what the device is good at."
+    backend: Literal["auto", "grouped", "loop", "batched", "reference"] = key(
+        "auto",
+        "How the experts multiply: F.grouped_mm, a loop of matrix products, one batched product (with "
+        "pad_to_capacity), plainly by autograd, or by what the device is good at.",
+    )
+    recompute_experts: Literal["nothing", "activation", "projections"] = key(
+        "activation",
+        "What the `loop` back end computes again in the backward pass rather than keeps: nothing, the elementwise "
+        "activation, or the first projections too.",
     )
 
 
@@ -127,10 +169,19 @@ class ParallelConfig(Section):
         "ranks",
         ge=1,
     )
-    dispatch: Literal["all_to_all", "all_gather", "deduplicated"] = key(
+    dispatch: Literal["all_to_all", "all_gather", "deduplicated", "two_level", "deepep"] = key(
         "all_to_all",
-        "How tokens reach experts on other ranks: a row for every choice; every token to every rank; or a token once "
-        "to each rank that holds one of its experts.",
+        "How tokens reach experts on other ranks: a row for every choice; every token to every rank; a token once to "
+        "each rank that holds one of its experts; once to each node and from there to its ranks; or by DeepEP.",
+    )
+    overlap_chunks: int = key(
+        1,
+        "Parts of a micro-batch of which one is exchanged while another is computed; 1 does not overlap.",
+        "parts",
+        ge=1,
+    )
+    ranks_per_node: int | None = key(
+        None, "Neighbouring ranks that share a node, for two_level; null takes the launcher's count.", "ranks", ge=1
     )
 
 

@@ -5,6 +5,7 @@ Shape letters: B sequences, S tokens of a sequence, T = B*S tokens, E experts, K
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,10 +20,13 @@ class RoutingContext:
     Attributes:
         token_BS: Token ids, int64 (hash routing).
         draw: Names the random numbers of this forward; None outside training, where nothing is drawn.
+        demand: Assignments of the whole global batch to each expert, int64 [E] by number of the block, where they are
+            known before the forward (count-first balance); None where the layer asks for them.
     """
 
     token_BS: Tensor
     draw: Draw | None = None
+    demand: Mapping[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)

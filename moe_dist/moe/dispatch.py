@@ -6,6 +6,7 @@ L experts here, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,16 +33,38 @@ class Dispatched:
     ticket: Any = None
 
 
+# Applies expert l to its `counts_L[l]` rows of [R, D], which are sorted by expert.
+ApplyExperts = Callable[[Tensor, list[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Journey:
+    """What one forward of a layer cost this rank.
+
+    Attributes:
+        rows: Rows that the experts here computed.
+        bytes_sent: Bytes sent to other ranks, both ways.
+    """
+
+    rows: int
+    bytes_sent: int = 0
+
+
 class Dispatcher(Protocol):
     """Moves rows to the experts and weighted sums back to the tokens."""
 
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> Dispatched: ...
-
-    def combine(self, y_RD: Tensor, gate_TK: Tensor, plan: RoutingPlan, dispatched: Dispatched) -> Tensor: ...
+    def run(
+        self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan, experts: ApplyExperts
+    ) -> tuple[Tensor, Journey]: ...
 
 
 class LocalDispatcher:
     """All experts are here: rows are gathered by expert and summed back by token."""
+
+    def run(self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan, experts: ApplyExperts) -> tuple[Tensor, Journey]:
+        dispatched = self.dispatch(x_TD, plan)
+        y_RD = experts(dispatched.rows_RD, dispatched.counts_L)
+        return self.combine(y_RD, gate_TK, plan, dispatched), Journey(dispatched.rows_RD.shape[0])
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> Dispatched:
         return Dispatched(gather_rows(x_TD, plan), plan.served_E.tolist())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_dist.config import MoEConfig
 from moe_dist.moe import balance
 from moe_dist.moe.decision import RoutingContext, RoutingDecision
-from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moe_dist.moe.dispatch import Dispatcher, Journey, LocalDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.plan import Capacity, RoutingPlan, make_plan
 from moe_dist.moe.router import build_router
@@ -29,12 +29,14 @@ class MoERecord:
     Attributes:
         decision: The router's choice.
         plan: The rows it became; the source of every count.
+        journey: What bringing them to the experts cost.
         balance_sum: Load-balancing term, differentiable scalar.
         z_sum: z-loss term, differentiable scalar.
     """
 
     decision: RoutingDecision
     plan: RoutingPlan
+    journey: Journey
     balance_sum: Tensor
     z_sum: Tensor
 
@@ -72,12 +74,10 @@ class MoELayer(nn.Module):
         shape = (batch, length, self.config.num_experts)
         capacity = Capacity.of(self.config, self.training)
         plan = make_plan(decision.expert_TK, probability_TK, counted_BS, shape, capacity, decision.asks_TK)
-        dispatched = self.dispatcher.dispatch(x_TD, plan)
-        y_RD = self.experts(dispatched.rows_RD, dispatched.counts_L)
-        out_TD = self.dispatcher.combine(y_RD, self._weights(decision, plan), plan, dispatched)
+        out_TD, journey = self.dispatcher.run(x_TD, self._weights(decision, plan), plan, self.experts)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
-        return out_TD.view(batch, length, width), self._record(decision, plan, counted_BS, length)
+        return out_TD.view(batch, length, width), self._record(decision, plan, journey, counted_BS, length)
 
     def _weights(self, decision: RoutingDecision, plan: RoutingPlan) -> Tensor:
         """Gate weights of kept choices; after drops those left may be scaled to the sum before."""
@@ -89,7 +89,12 @@ class MoELayer(nn.Module):
         return kept_TK * (whole_T1 / torch.where(left_T1 > 0, left_T1, torch.ones_like(left_T1)))
 
     def _record(
-        self, decision: RoutingDecision, plan: RoutingPlan, counted_BS: Tensor | None, length: int
+        self,
+        decision: RoutingDecision,
+        plan: RoutingPlan,
+        journey: Journey,
+        counted_BS: Tensor | None,
+        length: int,
     ) -> MoERecord:
         probability_TE = decision.probability_TE
         if self.config.balance_scope == "global":
@@ -99,7 +104,7 @@ class MoELayer(nn.Module):
                 decision.expert_TK, counted_BS, length, self.config.num_experts, decision.asks_TK
             )
             balance_sum = balance.sequence_balance_sum(probability_TE, demand_BE, counted_BS, length)
-        return MoERecord(decision, plan, balance_sum, balance.z_sum(decision.logits_TE, counted_BS))
+        return MoERecord(decision, plan, journey, balance_sum, balance.z_sum(decision.logits_TE, counted_BS))
 
 
 def _only_here(counts: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.moe.dispatch import Dispatched, combine_rows, gather_rows
+from moe_dist.moe.dispatch import ApplyExperts, Dispatched, Journey, combine_rows, gather_rows
 from moe_dist.moe.plan import RoutingPlan
 from moe_dist.parallel.collectives import all_to_all_rows, exchange_counts
 from moe_dist.parallel.wire import ItemBytes, Traffic, WireBytes, plain_bytes
@@ -67,6 +67,13 @@ class AllToAllDispatcher:
         leaving_RD = _reorder(y_RD, ticket.arranged_order_R, ticket.source_order_R)
         y_ND = all_to_all_rows(leaving_RD, ticket.received, ticket.sent, self.group)
         return combine_rows(y_ND, gate_TK, plan)
+
+    def run(self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan, experts: ApplyExperts) -> tuple[Tensor, Journey]:
+        dispatched = self.dispatch(x_TD, plan)
+        y_RD = experts(dispatched.rows_RD, dispatched.counts_L)
+        item = ItemBytes.of(x_TD, y_RD, gate_TK)
+        journey = Journey(y_RD.shape[0], self.bytes_sent(dispatched, item).total)
+        return self.combine(y_RD, gate_TK, plan, dispatched), journey
 
     def traffic(self, dispatched: Dispatched) -> Traffic:
         """The counts of one exchange; a token's row goes out once for every choice."""

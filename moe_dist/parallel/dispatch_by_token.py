@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.moe.dispatch import Dispatched
+from moe_dist.moe.dispatch import ApplyExperts, Dispatched, Journey
 from moe_dist.moe.plan import RoutingPlan
 from moe_dist.parallel.choices import Arrivals, Departures, arrange_arrivals, encode_choices
 from moe_dist.parallel.collectives import all_to_all_rows, exchange_integers
@@ -100,6 +100,13 @@ class TokenDispatcher(ABC):
         code_R = exchange_integers(code_N, traffic.choices_out, traffic.choices_in, self.group)
         arrivals = arrange_arrivals(code_R, traffic.tokens_in, traffic.choices_in, self.sizes[traffic.place])
         return TokenTicket(traffic, departures, arrivals)
+
+    def run(self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan, experts: ApplyExperts) -> tuple[Tensor, Journey]:
+        dispatched = self.dispatch(x_TD, plan)
+        y_RD = experts(dispatched.rows_RD, dispatched.counts_L)
+        item = ItemBytes.of(x_TD, y_RD, gate_TK)
+        journey = Journey(y_RD.shape[0], self.bytes_sent(dispatched, item).total)
+        return self.combine(y_RD, gate_TK, plan, dispatched), journey
 
     def traffic(self, dispatched: Dispatched) -> Traffic:
         """The counts of one exchange."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import comb
 
+from torch import Tensor
+
 INTEGER_BYTES = 8  # counts and choices travel as int64
 
 
@@ -38,6 +40,12 @@ class ItemBytes:
     token: int
     result: int
     gate: int
+
+    @staticmethod
+    def of(x_TD: Tensor, y_RD: Tensor, gate_TK: Tensor) -> ItemBytes:
+        """The sizes of a layer's own tensors."""
+        width = x_TD.shape[1]
+        return ItemBytes(width * x_TD.element_size(), width * y_RD.element_size(), gate_TK.element_size())
 
 
 @dataclass(frozen=True)
