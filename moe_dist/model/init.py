@@ -43,7 +43,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     path = name.partition("#")[0]
     if path.endswith("norm.weight"):
         return torch.ones(shape)
-    writes_residual = path.endswith(("attention.output.weight", "down.weight", "experts.down"))
+    writes_residual = path.endswith(("attention.output.weight", "down.weight", "experts.down", "latent_out.weight"))
     std = config.init_std / math.sqrt(2 * config.num_layers) if writes_residual else config.init_std
     digest = hashlib.blake2b(f"{seed}|init|{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -67,7 +67,7 @@ class LocalDispatcher:
         return self.combine(y_RD, gate_TK, plan, dispatched), Journey(dispatched.rows_RD.shape[0])
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> Dispatched:
-        return Dispatched(gather_rows(x_TD, plan), plan.served_E.tolist())
+        return Dispatched(gather_rows(x_TD, plan), plan.rows_E.tolist())
 
     def combine(self, y_RD: Tensor, gate_TK: Tensor, plan: RoutingPlan, dispatched: Dispatched) -> Tensor:
         return combine_rows(y_RD, gate_TK, plan)
@@ -91,13 +91,14 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         ctx.plan = plan
-        return x_TD.index_select(0, plan.token_N)
+        rows_ND = x_TD.index_select(0, plan.token_N)
+        return rows_ND if plan.rows_each is None else rows_ND.masked_fill_(plan.slot_N[:, None] < 0, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         plan: RoutingPlan = ctx.plan
         ones = torch.ones_like(plan.row_TK, dtype=grads[0].dtype)
-        return _weighted_sum(grads[0], ones, plan), None
+        return weighted_sum(grads[0], ones, plan), None
 
 
 class _CombineRows(torch.autograd.Function):
@@ -106,14 +107,14 @@ class _CombineRows(torch.autograd.Function):
         ctx.plan = plan
         ctx.save_for_backward(y_ND, gate_TK)
         wide = torch.promote_types(y_ND.dtype, gate_TK.dtype)
-        return _weighted_sum(y_ND, gate_TK.to(wide), plan).to(y_ND.dtype)
+        return weighted_sum(y_ND, gate_TK.to(wide), plan).to(y_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         plan: RoutingPlan = ctx.plan
         y_ND, gate_TK = ctx.saved_tensors
         grad_TD = grads[0]
-        gate_N = gate_TK.reshape(-1).index_select(0, plan.slot_N)
+        gate_N = plan.of_rows(gate_TK)
         grad_ND = torch.empty_like(y_ND)
         slope_N = torch.empty_like(gate_N)
         token_N = plan.token_N
@@ -122,11 +123,10 @@ class _CombineRows(torch.autograd.Function):
                 picked = grad_TD.index_select(0, token_N[rows])
                 slope_N[rows] = torch.linalg.vecdot(picked.to(gate_N.dtype), y_ND[rows].to(gate_N.dtype))
                 grad_ND[rows] = picked * gate_N[rows, None]
-        slope_TK = torch.zeros_like(gate_TK).view(-1).index_copy_(0, plan.slot_N, slope_N).view_as(gate_TK)
-        return grad_ND, slope_TK, None
+        return grad_ND, plan.to_slots(slope_N), None
 
 
-def _weighted_sum(rows_ND: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
+def weighted_sum(rows_ND: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
     """`sum_k weight[t, k] * rows[row_TK[t, k]]` over kept choices, in the type of `weight_TK`."""
     tokens, top_k = plan.row_TK.shape
     out_TD = rows_ND.new_zeros((tokens, rows_ND.shape[1]), dtype=weight_TK.dtype)

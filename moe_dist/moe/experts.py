@@ -1,27 +1,34 @@
-"""Stacked SwiGLU experts as grouped matrix products.
+"""Stacked experts and the back ends that multiply them.
 
-Shape letters: R rows, D model width, F expert width, L experts here, E experts.
+Shape letters: R rows, D width of the rows (the model's, or the latent one), F expert width, H columns of the first
+product (2F where the activation is gated, else F), L experts here, E experts, C rows of every expert.
 
-Every expert e computes `down_e(silu(gate_e x) * up_e x)` (Shazeer 2020, SwiGLU) on its own rows. Back ends:
-`loop` multiplies expert by expert into buffers allocated once, with a backward written by hand; `grouped` leaves the
-product to `torch.nn.functional.grouped_mm`, which is one kernel on recent GPUs.
+Every expert e computes `down_e(activation(first_e x))` on its own rows. Back ends:
+
+| name | how | where |
+|---|---|---|
+| `loop` | expert by expert, a backward written by hand (expert_loop.py) | a CPU, fp64, odd widths |
+| `grouped` | `torch.nn.functional.grouped_mm`, one kernel on recent GPUs | CUDA |
+| `batched` | one batched product; every expert has equally many rows (`pad_to_capacity`) | static shapes |
+| `reference` | a loop that leaves the backward to autograd | to compare with |
 """
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config import MoEConfig
+from moe_dist.moe.activation import activation_of
+from moe_dist.moe.expert_loop import Job, loop_rows, loop_tokens
+from moe_dist.moe.plan import RoutingPlan
 
-EXPERTS_PER_THREAD = 4
+Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 class Experts(nn.Module):
@@ -29,44 +36,106 @@ class Experts(nn.Module):
 
     Attributes:
         expert_ids: Global ids of the experts held here, in order.
-        gate_up: [L, D, 2F]; the first F columns are the gate, the others the up projection.
+        gate_up: [L, D, 2F] for `swiglu`; the first F columns are the gate, the others the up projection. Else None.
+        up: [L, D, F] for `gelu` and `relu`. Else None.
         down: [L, F, D].
     """
 
     def __init__(self, width: int, config: MoEConfig, expert_ids: range | None = None) -> None:
         super().__init__()
         self.expert_ids = range(config.num_experts) if expert_ids is None else expert_ids
-        self.backend = config.backend
-        held, inner = len(self.expert_ids), config.expert_width
-        self.gate_up = nn.Parameter(torch.empty(held, width, 2 * inner))
+        self.config = config
+        self.activation = activation_of(config.activation)
+        held, inner, width = len(self.expert_ids), config.expert_width, config.latent_width or width
+        gated = self.activation.columns == 2
+        self.gate_up = nn.Parameter(torch.empty(held, width, 2 * inner)) if gated else None
+        self.up = None if gated else nn.Parameter(torch.empty(held, width, inner))
         self.down = nn.Parameter(torch.empty(held, inner, width))
+
+    @property
+    def first(self) -> Tensor:
+        """Weights of the first product, [L, D, H]."""
+        weight = self.up if self.gate_up is None else self.gate_up
+        assert weight is not None, "an expert has one first product"
+        return weight
+
+    @property
+    def backend(self) -> str:
+        """The back end that multiplies these weights where they are."""
+        return choose_backend(self.config.backend, self.first, self.down)
 
     def forward(self, rows_RD: Tensor, counts_L: list[int]) -> Tensor:
         """Applies expert l to its `counts_L[l]` rows; the rows are sorted by expert. Returns [R, D]."""
         kind = rows_RD.device.type
-        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.gate_up.dtype
-        rows_RD, gate_up, down = (t.to(narrow) for t in (rows_RD, self.gate_up, self.down))
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.down.dtype
+        rows_RD, first, down = (t.to(narrow) for t in (rows_RD, self.first, self.down))
         with torch.autocast(kind, enabled=False):
-            if choose_backend(self.backend, gate_up, down) == "grouped":
-                return _grouped(rows_RD, gate_up, down, counts_L)
-            return _ExpertLoop.apply(rows_RD, gate_up, down, counts_L)
+            backend = choose_backend(self.config.backend, first, down)
+            if backend == "loop":
+                return loop_rows(rows_RD, first, down, self._job(counts_L))
+            if rows_RD.shape[0] == 0:
+                # No row reaches a kernel, yet every rank's weights get a (zero) gradient.
+                return rows_RD + 0 * (first.sum() + down.sum())
+            return self._by_autograd(rows_RD, (first, down), _product(backend, counts_L, rows_RD.device))
+
+    def takes_tokens(self, x_TD: Tensor) -> bool:
+        """Whether `of_tokens` may be used: the loop back end, in one type of at least fp32."""
+        exact = x_TD.dtype == self.down.dtype and x_TD.dtype in (torch.float32, torch.float64)
+        return exact and not torch.is_autocast_enabled(x_TD.device.type) and self.backend == "loop"
+
+    def of_tokens(self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        """Gather, experts and combine in one, where all experts are here; [T, D]."""
+        gate_TK = gate_TK.to(x_TD.dtype)
+        return loop_tokens(x_TD, gate_TK, self.first, self.down, self._job(plan.rows_E.tolist(), plan))
+
+    def _job(self, counts_L: list[int], plan: RoutingPlan | None = None) -> Job:
+        return Job(counts_L, self.activation, self.config.recompute_experts, plan)
+
+    def _by_autograd(self, rows_RD: Tensor, weights: tuple[Tensor, Tensor], product: Multiply) -> Tensor:
+        first, down = weights
+
+        def second(hidden_RH: Tensor) -> Tensor:
+            return product(self.activation.forward(hidden_RH)[0], down)
+
+        match self.config.recompute_experts:
+            case "nothing":
+                return _contiguous(second(product(rows_RD, first)))
+            case "activation":
+                return _contiguous(_again(second, product(rows_RD, first)))
+        return _contiguous(_again(lambda rows: second(product(rows, first)), rows_RD))
 
 
-def choose_backend(asked: str, gate_up: Tensor, down: Tensor) -> str:
-    """The back end for some weights: `grouped` where it is one kernel (CUDA, no fp64, whole 16 bytes), else `loop`."""
+def choose_backend(asked: str, first: Tensor, down: Tensor) -> str:
+    """The back end for some weights: `grouped` where it is one kernel (CUDA, no fp64, whole 16 bytes), else `loop`.
+
+    On a CPU `loop` was faster than `grouped` at every size that the benchmark `moe_layer` has (docs/log.md).
+    """
     if asked != "auto":
         return asked
-    whole_rows = all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in (gate_up, down))
+    whole_rows = all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in (first, down))
     return "grouped" if down.device.type == "cuda" and down.dtype != torch.float64 and whole_rows else "loop"
 
 
-def _grouped(rows_RD: Tensor, gate_up: Tensor, down: Tensor, counts_L: list[int]) -> Tensor:
-    if rows_RD.shape[0] == 0:
-        # No row reaches the kernel, yet every rank's weights get a (zero) gradient.
-        return rows_RD + 0 * (gate_up.sum() + down.sum())
-    ends_L = torch.tensor(counts_L, device=rows_RD.device).cumsum(0).to(torch.int32)
-    gate_RF, up_RF = F.grouped_mm(rows_RD, gate_up, offs=ends_L).chunk(2, dim=-1)
-    return _Contiguous.apply(F.grouped_mm(F.silu(gate_RF) * up_RF, down, offs=ends_L))
+def _product(backend: str, counts_L: list[int], device: torch.device) -> Multiply:
+    """`rows of expert l @ weight[l]` for every expert, as a back end does it."""
+    if backend == "grouped":
+        ends_L = torch.tensor(counts_L, device=device).cumsum(0).to(torch.int32)
+        return lambda rows, weight: F.grouped_mm(rows, weight, offs=ends_L)
+    if backend == "batched":
+        assert len(set(counts_L)) == 1, f"the batched back end needs equal counts (pad_to_capacity), not {counts_L}"
+        return lambda rows, weight: torch.bmm(rows.unflatten(0, (len(counts_L), -1)), weight).flatten(0, 1)
+    return lambda rows, weight: torch.cat([part @ w for part, w in zip(rows.split(counts_L), weight, strict=True)])
+
+
+def _again(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """Keeps only `value` for the backward. No random number is drawn inside."""
+    out = checkpoint(function, value, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(out, Tensor), "an expert returns rows"
+    return out
+
+
+def _contiguous(y_RD: Tensor) -> Tensor:
+    return _Contiguous.apply(y_RD)
 
 
 class _Contiguous(torch.autograd.Function):
@@ -79,111 +148,3 @@ class _Contiguous(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0].contiguous()
-
-
-class _ExpertLoop(torch.autograd.Function):
-    """SwiGLU experts, each taken through both products while its rows are in the cache; a backward written by hand.
-
-    The activation `silu(gate) * up` is computed again in the backward pass rather than kept: R x F less memory for an
-    elementwise product.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, gate_up: Tensor, down: Tensor, counts_L: list[int]) -> Tensor:
-        hidden_R2F = rows_RD.new_empty(rows_RD.shape[0], gate_up.shape[2])
-        out_RD = torch.empty_like(rows_RD)
-
-        def expert_forward(expert: int, rows: slice) -> None:
-            hidden_2F = torch.mm(rows_RD[rows], gate_up[expert], out=hidden_R2F[rows])
-            gate_F, up_F = hidden_2F.chunk(2, dim=-1)
-            torch.mm(F.silu(gate_F).mul_(up_F), down[expert], out=out_RD[rows])
-
-        _for_each_expert(expert_forward, counts_L, rows_RD.device)
-        ctx.save_for_backward(rows_RD, gate_up, down, hidden_R2F)
-        ctx.counts_L = counts_L
-        return out_RD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        rows_RD, gate_up, down, hidden_R2F = ctx.saved_tensors
-        grad_RD = grads[0].contiguous()
-        grad_rows_RD = torch.empty_like(rows_RD)
-        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        for expert, count in enumerate(ctx.counts_L):
-            if not count:
-                grad_gate_up[expert].zero_()
-                grad_down[expert].zero_()
-
-        def expert_backward(expert: int, rows: slice) -> None:
-            active_F, grad_hidden_2F = _activation_backward(hidden_R2F[rows], grad_RD[rows] @ down[expert].T)
-            torch.mm(active_F.T, grad_RD[rows], out=grad_down[expert])
-            torch.mm(grad_hidden_2F, gate_up[expert].T, out=grad_rows_RD[rows])
-            torch.mm(rows_RD[rows].T, grad_hidden_2F, out=grad_gate_up[expert])
-
-        with torch.autocast(rows_RD.device.type, enabled=False):
-            _for_each_expert(expert_backward, ctx.counts_L, rows_RD.device)
-        return grad_rows_RD, grad_gate_up, grad_down, None
-
-
-def _activation_backward(hidden_2F: Tensor, grad_active_F: Tensor) -> tuple[Tensor, Tensor]:
-    """`silu(gate) * up` once more, and the gradient of [gate, up] from that of the activation."""
-    gate_F, up_F = hidden_2F.chunk(2, dim=-1)
-    silu_F = F.silu(gate_F)
-    grad_hidden_2F = torch.empty_like(hidden_2F)
-    grad_gate_F, grad_up_F = grad_hidden_2F.chunk(2, dim=-1)
-    torch.mul(grad_active_F, silu_F, out=grad_up_F)
-    grad_gate_F.copy_(torch.ops.aten.silu_backward(grad_active_F.mul_(up_F), gate_F))
-    return silu_F.mul_(up_F), grad_hidden_2F
-
-
-def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], device: torch.device) -> None:
-    """Calls `work(expert, its rows)` for every expert that has rows.
-
-    On a CPU with several threads and enough experts, each thread takes whole experts: many small products side by side
-    are faster than each of them cut into pieces. Experts write to separate rows, so the result does not depend on who
-    takes which.
-    """
-    spans = _spans(counts_L)
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(spans) < EXPERTS_PER_THREAD * threads:
-        for expert, rows in spans:
-            work(expert, rows)
-        return
-    queue = iter(sorted(spans, key=lambda span: span[1].start - span[1].stop))  # the largest first
-
-    def take_experts() -> None:
-        with torch.no_grad():
-            # `next` on a list iterator is one step of the interpreter: no two threads get the same expert.
-            for expert, rows in queue:
-                work(expert, rows)
-
-    for taken in [_single_threads(threads).submit(take_experts) for _ in range(threads)]:
-        taken.result()
-
-
-@functools.cache
-def _single_threads(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch uses one thread each; made once a process."""
-    ready = threading.Barrier(count + 1)
-
-    def start() -> None:
-        torch.get_num_threads()  # a thread's first question sets it up; asked later, that would undo the next line
-        torch.set_num_threads(1)
-        ready.wait()
-
-    pool = ThreadPoolExecutor(count, "expert", initializer=start)
-    for _ in range(count):
-        pool.submit(int)
-    ready.wait()
-    torch.set_num_threads(count)  # the setting of threads still to come, which `start` changed for all
-    return pool
-
-
-def _spans(counts_L: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has any."""
-    spans, start = [], 0
-    for expert, count in enumerate(counts_L):
-        if count:
-            spans.append((expert, slice(start, start + count)))
-        start += count
-    return spans

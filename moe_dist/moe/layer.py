@@ -3,6 +3,9 @@
 Shape letters: B sequences, S tokens of a sequence, T = B*S tokens, D model width, E experts, K experts per token.
 
     out(x) = sum over the chosen experts e of gate_e(x) * expert_e(x)  +  shared(x)
+
+With `latent_width` the sum is `latent_out(sum of gate_e(x) * expert_e(latent_in(x)))`: narrower rows travel (LatentMoE,
+Elango et al. 2026). With `shared_expert_gate` the last term is `sigmoid(w x) * shared(x)` (Qwen2-MoE).
 """
 
 from __future__ import annotations
@@ -54,6 +57,10 @@ class MoELayer(nn.Module):
         self.router = build_router(width, config, number)
         self.experts = Experts(width, config)
         self.shared = shared
+        gated, latent = shared is not None and config.shared_expert_gate, config.latent_width
+        self.shared_gate = nn.Linear(width, 1, bias=False) if gated else None
+        self.latent_in = nn.Linear(width, latent, bias=False) if latent else None
+        self.latent_out = nn.Linear(latent, width, bias=False) if latent else None
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.sum_over_ranks: Callable[[Tensor], Tensor] = _only_here
 
@@ -74,10 +81,25 @@ class MoELayer(nn.Module):
         shape = (batch, length, self.config.num_experts)
         capacity = Capacity.of(self.config, self.training)
         plan = make_plan(decision.expert_TK, probability_TK, counted_BS, shape, capacity, decision.asks_TK)
-        out_TD, journey = self.dispatcher.run(x_TD, self._weights(decision, plan), plan, self.experts)
+        out_TD, journey = self._through_experts(x_TD, self._weights(decision, plan), plan)
         if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
+            out_TD = out_TD + self._shared(x_TD)
         return out_TD.view(batch, length, width), self._record(decision, plan, journey, counted_BS, length)
+
+    def _through_experts(self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Journey]:
+        """The routed experts, in the latent space where the config has one: tokens are projected before they travel."""
+        z_TD = x_TD if self.latent_in is None else self.latent_in(x_TD)
+        here = isinstance(self.dispatcher, LocalDispatcher) and self.config.weigh == "output"
+        if here and self.experts.takes_tokens(z_TD):
+            out_TD, journey = self.experts.of_tokens(z_TD, gate_TK, plan), Journey(plan.slot_N.numel())
+        else:
+            out_TD, journey = self.dispatcher.run(z_TD, gate_TK, plan, self.experts)
+        return (out_TD if self.latent_out is None else self.latent_out(out_TD)), journey
+
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        assert self.shared is not None, "asked only where there is a shared expert"
+        out_TD = self.shared(x_TD)
+        return out_TD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_TD)) * out_TD
 
     def _weights(self, decision: RoutingDecision, plan: RoutingPlan) -> Tensor:
         """Gate weights of kept choices; after drops those left may be scaled to the sum before."""

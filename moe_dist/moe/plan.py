@@ -26,11 +26,15 @@ class RoutingPlan:
     """A routing decision after padding and capacity, as indices.
 
     Attributes:
-        slot_N: Slot `t*K + k` of every row, int64.
+        slot_N: Slot `t*K + k` of every row, int64; -1 for an empty row (`pad_to_capacity`).
         row_TK: Row of every slot, int64; 0 where the slot has none (see `kept_TK`).
         kept_TK: Whether the slot has a row: its token is counted, its choice is carried out and its expert had room.
         demand_E: Slots of counted tokens that asked for each expert, before drops, int64.
-        served_E: Rows of each expert, after drops, int64.
+        served_E: Rows of each expert, after drops, int64; empty ones are not counted.
+        rows_each: Rows of every expert where they are padded to its capacity, as below; None where there are no empty
+            rows.
+
+                served 2, 0, 1 of 2 rows each    slot_N   1 2 | -1 -1 | 0 -1
     """
 
     slot_N: Tensor
@@ -38,21 +42,42 @@ class RoutingPlan:
     kept_TK: Tensor
     demand_E: Tensor
     served_E: Tensor
+    rows_each: int | None = None
 
     @property
     def token_N(self) -> Tensor:
-        """Token of every row."""
-        return self.slot_N // self.row_TK.shape[1]
+        """Token of every row; of an empty row the first, with the weight 0."""
+        token_N = self.slot_N // self.row_TK.shape[1]
+        return token_N if self.rows_each is None else token_N.clamp(min=0)
+
+    @property
+    def rows_E(self) -> Tensor:
+        """Rows of each expert, empty ones too, int64."""
+        return self.served_E if self.rows_each is None else torch.full_like(self.served_E, self.rows_each)
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every slot has a row."""
-        return self.slot_N.numel() == self.row_TK.numel()
+        """Whether every slot has a row, and every row a slot."""
+        return self.rows_each is None and self.slot_N.numel() == self.row_TK.numel()
+
+    def of_rows(self, value_TK: Tensor) -> Tensor:
+        """The value of every row's slot, [N]; 0 for an empty row."""
+        if self.rows_each is None:
+            return value_TK.reshape(-1).index_select(0, self.slot_N)
+        value_N = value_TK.reshape(-1).index_select(0, self.slot_N.clamp(min=0))
+        return value_N.masked_fill(self.slot_N < 0, 0)
+
+    def to_slots(self, value_N: Tensor) -> Tensor:
+        """The value of every slot's row, [T, K]; 0 for a slot without one."""
+        slot_N = self.slot_N
+        if self.rows_each is not None:
+            slot_N, value_N = slot_N[slot_N >= 0], value_N[slot_N >= 0]
+        return value_N.new_zeros(self.row_TK.numel()).index_copy_(0, slot_N, value_N).view_as(self.row_TK)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many rows an expert takes from one sequence, and who stays outside when more ask.
+    """How many rows an expert takes from a group of tokens, and who stays outside when more ask.
 
     Attributes:
         factor: Multiple of an even share; `ceil(factor * counted tokens * K / E)` rows.
@@ -62,21 +87,34 @@ class Capacity:
             before any second one (Lepikhin et al. 2021, GShard, algorithm 1).
         share: Experts per token that an even share is counted for, where a token asks for more (expert choice); None
             takes the K of the choices.
+        by_rank: The group is all tokens of the forward, in place of each sequence by itself.
+        pad: Every expert has as many rows as fit, empty ones too.
     """
 
     factor: float
     minimum: int
     policy: str
     share: int | None = None
+    by_rank: bool = False
+    pad: bool = False
 
     @staticmethod
     def of(config: MoEConfig, training: bool) -> Capacity | None:
         """The capacity that a config asks for, or None where nothing is dropped."""
         factor = config.capacity_factor if training else config.capacity_factor_eval
-        return None if factor is None else Capacity(factor, config.min_capacity, config.drop_policy, config.top_k)
+        if factor is None:
+            return None
+        by_rank = config.capacity_group == "rank"
+        return Capacity(factor, config.min_capacity, config.drop_policy, config.top_k, by_rank, config.pad_to_capacity)
+
+    def groups(self, counted_BS: Tensor) -> Tensor:
+        """The capacity group of every token, int64 [T]."""
+        batch, length = counted_BS.shape
+        group_B = torch.arange(batch, device=counted_BS.device)
+        return (group_B * 0 if self.by_rank else group_B).repeat_interleave(length)
 
     def rows(self, tokens_B: Tensor, top_k: int, num_experts: int) -> Tensor:
-        """Rows per expert for sequences of `tokens_B` counted tokens, int64 [B]. Exact for integer-valued products."""
+        """Rows per expert for groups of `tokens_B` counted tokens, int64 [B]. Exact for integer-valued products."""
         share = tokens_B.double() * (self.factor * (self.share or top_k)) / num_experts
         return torch.ceil(share - 1e-9).long().clamp(min=self.minimum)
 
@@ -110,35 +148,54 @@ def make_plan(
         asks_TK: False for a choice that is not carried out: it is no demand and takes no row; None where all are.
     """
     batch, length, num_experts = shape
-    expert_slots = expert_TK.reshape(-1)
     top_k = expert_TK.shape[1]
-    kept_slots = torch.ones_like(expert_slots, dtype=torch.bool)
-    tokens_B = torch.full((batch,), length, device=expert_TK.device)
-    if counted_BS is not None:
-        kept_slots = counted_BS.reshape(-1, 1).expand(-1, top_k).reshape(-1)
-        tokens_B = counted_BS.sum(1)
+    if counted_BS is None:
+        counted_BS = torch.ones(batch, length, dtype=torch.bool, device=expert_TK.device)
+    kept_slots = counted_BS.reshape(-1, 1).expand(-1, top_k).reshape(-1)
     if asks_TK is not None:
         kept_slots = kept_slots & asks_TK.reshape(-1)
-    demand_E = torch.bincount(expert_slots[kept_slots], minlength=num_experts)
-    served_E = demand_E
-    if capacity is not None:
-        limit_B = capacity.rows(tokens_B, top_k, num_experts)
-        sequence_slots = torch.arange(batch, device=expert_TK.device).repeat_interleave(length * top_k)
-        queue = sequence_slots * num_experts + expert_slots
-        place = _place_in_queue(queue, kept_slots, capacity.priority(probability_TK))
-        kept_slots = kept_slots & (place < limit_B[sequence_slots])
-        served_E = torch.bincount(expert_slots[kept_slots], minlength=num_experts)
-    return _rows(expert_TK, kept_slots, demand_E, served_E)
+    demand_E = torch.bincount(expert_TK.reshape(-1)[kept_slots], minlength=num_experts)
+    if capacity is None:
+        return _rows(expert_TK, kept_slots, demand_E, demand_E)
+    group_T = capacity.groups(counted_BS)
+    limit_B = _limits(capacity, counted_BS, group_T, (top_k, num_experts))
+    group_slots = group_T.repeat_interleave(top_k)
+    queue = group_slots * num_experts + expert_TK.reshape(-1)
+    place = _place_in_queue(queue, kept_slots, capacity.priority(probability_TK))
+    kept_slots = kept_slots & (place < limit_B[group_slots])
+    served_E = torch.bincount(expert_TK.reshape(-1)[kept_slots], minlength=num_experts)
+    if not capacity.pad:
+        return _rows(expert_TK, kept_slots, demand_E, served_E)
+    # The shape follows from that of the batch alone: a padding token lowers the limit, not the rows.
+    everybody = torch.ones_like(counted_BS)
+    rows_each = int(_limits(capacity, everybody, group_T, (top_k, num_experts)).sum())
+    return _rows(expert_TK, kept_slots, demand_E, served_E, rows_each)
 
 
-def _rows(expert_TK: Tensor, kept_slots: Tensor, demand_E: Tensor, served_E: Tensor) -> RoutingPlan:
+def _limits(capacity: Capacity, counted_BS: Tensor, group_T: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Rows that an expert takes of each group, int64; `shape` is (K, E)."""
+    groups = 1 if capacity.by_rank and len(counted_BS) else len(counted_BS)
+    tokens_B = counted_BS.new_zeros(groups, dtype=torch.int64).index_add_(0, group_T, counted_BS.reshape(-1).long())
+    return capacity.rows(tokens_B, *shape)
+
+
+def _rows(
+    expert_TK: Tensor, kept_slots: Tensor, demand_E: Tensor, served_E: Tensor, rows_each: int | None = None
+) -> RoutingPlan:
     num_experts = demand_E.numel()
     # Slots without a row sort behind the last expert; the sort is stable, so that rows keep token order.
     key = torch.where(kept_slots, expert_TK.reshape(-1), num_experts)
     slot_N = torch.sort(key, stable=True).indices[: int(served_E.sum())]
+    row_N = torch.arange(slot_N.numel(), device=key.device)
+    if rows_each is not None:
+        first_E = torch.arange(num_experts, device=key.device) * rows_each - (served_E.cumsum(0) - served_E)
+        row_N = row_N + first_E[key[slot_N]]
     row_slots = torch.zeros_like(key)
-    row_slots[slot_N] = torch.arange(slot_N.numel(), device=key.device)
-    return RoutingPlan(slot_N, row_slots.view_as(expert_TK), kept_slots.view_as(expert_TK), demand_E, served_E)
+    row_slots[slot_N] = row_N
+    if rows_each is not None:
+        slot_N = slot_N.new_full((num_experts * rows_each,), -1).index_copy_(0, row_N, slot_N)
+    row_TK, kept_TK = row_slots.view_as(expert_TK), kept_slots.view_as(expert_TK)
+    return RoutingPlan(slot_N, row_TK, kept_TK, demand_E, served_E, rows_each)
 
 
 def _place_in_queue(queue: Tensor, waits: Tensor, priority: Tensor | None) -> Tensor:
