@@ -22,6 +22,7 @@ def broken_rules(config: Config) -> Iterator[ConfigError]:
     """Yields every broken rule, in the order of the tree."""
     yield from _model_rules(config)
     yield from _moe_rules(config)
+    yield from _expert_rules(config)
     yield from _precision_rules(config)
 
 
@@ -222,6 +223,49 @@ def _selection_rules(moe: MoEConfig) -> Iterator[ConfigError]:
             moe.groups_per_token,
             f"a token's groups of {experts_per_group} experts must hold at least model.moe.top_k ({moe.top_k})",
             f"model.moe.groups_per_token={-(-moe.top_k // experts_per_group)}",
+        )
+
+
+def _expert_rules(config: Config) -> Iterator[ConfigError]:
+    """Shapes of the experts and how they multiply."""
+    moe = config.model.moe
+    if moe.shared_expert_gate and not moe.shared_expert_width:
+        yield ConfigError(
+            "model.moe.shared_expert_gate",
+            True,
+            "there is no shared expert to weigh (model.moe.shared_expert_width=0)",
+            "model.moe.shared_expert_gate=false",
+        )
+    if moe.backend == "batched" and not moe.pad_to_capacity:
+        yield ConfigError(
+            "model.moe.backend",
+            "batched",
+            "one batched product needs equally many rows of every expert",
+            "model.moe.backend=auto, or model.moe.pad_to_capacity=true",
+        )
+    if not moe.pad_to_capacity:
+        return
+    for name in ("capacity_factor", "capacity_factor_eval"):
+        if getattr(moe, name) is None:
+            yield ConfigError(
+                f"model.moe.{name}",
+                None,
+                "model.moe.pad_to_capacity fills every expert up to its capacity; without one there is none",
+                f"model.moe.{name}=1.25, or model.moe.pad_to_capacity=false",
+            )
+    if config.parallel.dispatch != "all_to_all":
+        yield ConfigError(
+            "parallel.dispatch",
+            config.parallel.dispatch,
+            "empty rows of model.moe.pad_to_capacity belong to no token; only all_to_all sends rows and not tokens",
+            "parallel.dispatch=all_to_all, or model.moe.pad_to_capacity=false",
+        )
+    if config.parallel.overlap_chunks > 1:
+        yield ConfigError(
+            "parallel.overlap_chunks",
+            config.parallel.overlap_chunks,
+            "empty rows of model.moe.pad_to_capacity belong to no part of the tokens",
+            "parallel.overlap_chunks=1, or model.moe.pad_to_capacity=false",
         )
 
 

@@ -25,9 +25,12 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     moe, width = config.moe, config.width
     heads = config.head_width * (2 * config.num_heads + 2 * config.num_kv_heads)
     attention = width * heads + 2 * width
-    expert = 3 * width * moe.expert_width
+    inside = moe.latent_width or width
+    expert = (3 if moe.activation == "swiglu" else 2) * inside * moe.expert_width
     routers = {"hash": 0, "noisy_topk": 2}.get(moe.router, 1)  # matrices [E, D]
     beside = routers * width * moe.num_experts + 3 * width * moe.shared_expert_width
+    beside += 2 * width * moe.latent_width if moe.latent_width else 0
+    beside += width if moe.shared_expert_gate else 0
     dense = 3 * width * config.ffn_width
     sparse_layers = config.num_layers - config.num_dense_layers
     embedding = config.vocab_size * width * (1 if config.tie_embeddings else 2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config import MoEConfig
@@ -27,8 +26,8 @@ def moe_reference(
     """Computes the routed part of a layer (no shared expert) token by token.
 
     Args:
-        weights: `router` [E, D], `gate_up` [E, D, 2F], `down` [E, F, D]; where the router has them also `noise` [E, D]
-            and `selection_bias` [E].
+        weights: `router` [E, D], `gate_up` [E, D, 2F] (or `up` [E, D, F]), `down` [E, F, D]; where there are any also
+            `noise` [E, D], `selection_bias` [E], `latent_in` [Z, D] and `latent_out` [D, Z].
         x_BSD: Input.
         counted_BS: False for padding.
         config: The layer's configuration.
@@ -46,8 +45,10 @@ def moe_reference(
     outputs, sequences = [], []
     for b in range(batch):
         routed = [route_token(weights, x_BSD[b, s], Place(occasion, b, s, training), config) for s in range(length)]
-        counted = [s for s in range(length) if counted_BS[b, s]]
-        kept = _keep(routed, counted, config, training)
+        sequences.append((routed, [s for s in range(length) if counted_BS[b, s]]))
+    kept_by_sequence = _keep_all(sequences, config, training)
+    for b, (routed, counted) in enumerate(sequences):
+        kept = kept_by_sequence[b]
         for s in counted:
             z_total = z_total + torch.logsumexp(routed[s].logits_E, 0) ** 2
             for e in routed[s].chosen:
@@ -55,14 +56,26 @@ def moe_reference(
         for _, e in kept:
             served_E[e] += 1
         outputs += [_token_output(weights, x_BSD[b, s], routed[s], s, kept, config) for s in range(length)]
-        sequences.append((routed, counted))
     balance_sum = _balance(sequences, config, x_BSD)
     stats = {"balance_sum": balance_sum, "z_sum": z_total, "demand_E": demand_E, "served_E": served_E}
     return torch.stack(outputs).view_as(x_BSD), stats
 
 
+def _keep_all(
+    sequences: list[tuple[list[Routed], list[int]]], config: MoEConfig, training: bool
+) -> list[set[tuple[int, int]]]:
+    """The (token, expert) pairs that have room, by sequence; capacity is counted in each, or in all together."""
+    if config.capacity_group == "sequence":
+        return [_keep(routed, counted, config, training) for routed, counted in sequences]
+    length = len(sequences[0][0]) if sequences else 0
+    everything = [token for routed, _ in sequences for token in routed]
+    places = [b * length + s for b, (_, counted) in enumerate(sequences) for s in counted]
+    kept = _keep(everything, places, config, training)
+    return [{(p - b * length, e) for p, e in kept if p // length == b} for b in range(len(sequences))]
+
+
 def _keep(routed: list[Routed], counted: list[int], config: MoEConfig, training: bool) -> set[tuple[int, int]]:
-    """The (token, expert) pairs of one sequence that have room."""
+    """The (token, expert) pairs of one capacity group that have room."""
     factor = config.capacity_factor if training else config.capacity_factor_eval
     pairs = [(s, e) for s in counted for e in routed[s].chosen]
     if factor is None:
@@ -84,14 +97,26 @@ def _token_output(
     weights: dict[str, Tensor], x_D: Tensor, routed: Routed, s: int, kept: set[tuple[int, int]], config: MoEConfig
 ) -> Tensor:
     here = [i for i, e in enumerate(routed.chosen) if (s, e) in kept]
-    out_D = torch.zeros_like(x_D)
-    if not here:
-        return out_D
-    scale = sum(routed.gates) / sum(routed.gates[i] for i in here) if config.renormalize_after_drop else 1.0
+    inside_Z = weights["latent_in"] @ x_D if "latent_in" in weights else x_D
+    out_Z = torch.zeros_like(inside_Z)
+    scale = sum(routed.gates) / sum(routed.gates[i] for i in here) if here and config.renormalize_after_drop else 1.0
     for i in here:
-        gate_F, up_F = (x_D @ weights["gate_up"][routed.chosen[i]]).chunk(2)
-        out_D = out_D + scale * routed.gates[i] * ((F.silu(gate_F) * up_F) @ weights["down"][routed.chosen[i]])
-    return out_D
+        gate = scale * routed.gates[i]
+        if config.weigh == "input":
+            out_Z = out_Z + _expert(weights, gate * inside_Z, routed.chosen[i], config)
+        else:
+            out_Z = out_Z + gate * _expert(weights, inside_Z, routed.chosen[i], config)
+    return weights["latent_out"] @ out_Z if "latent_out" in weights else out_Z
+
+
+def _expert(weights: dict[str, Tensor], x_D: Tensor, e: int, config: MoEConfig) -> Tensor:
+    if config.activation == "swiglu":
+        gate_F, up_F = (x_D @ weights["gate_up"][e]).chunk(2)
+        return (gate_F / (1 + torch.exp(-gate_F)) * up_F) @ weights["down"][e]
+    up_F = x_D @ weights["up"][e]
+    if config.activation == "relu":
+        return torch.where(up_F > 0, up_F, 0) @ weights["down"][e]
+    return (up_F * 0.5 * (1 + torch.erf(up_F / math.sqrt(2)))) @ weights["down"][e]
 
 
 def _balance(sequences: list[tuple[list[Routed], list[int]]], config: MoEConfig, like: Tensor) -> Tensor:

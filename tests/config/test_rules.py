@@ -28,6 +28,52 @@ def hashed(**changed: object) -> dict:
 # The broken keys, then what the error must say: key, value, a part of the rule, and the whole fix.
 BROKEN = [
     (
+        {"model": {"moe": {"shared_expert_gate": True, "shared_expert_width": 0}}},
+        ("model.moe.shared_expert_gate", True, "no shared expert", "model.moe.shared_expert_gate=false"),
+    ),
+    (
+        {"model": {"moe": {"backend": "batched"}}},
+        (
+            "model.moe.backend",
+            "batched",
+            "equally many rows",
+            "model.moe.backend=auto, or model.moe.pad_to_capacity=true",
+        ),
+    ),
+    (
+        {"model": {"moe": {"pad_to_capacity": True, "capacity_factor": 1.0}}},
+        (
+            "model.moe.capacity_factor_eval",
+            None,
+            "there is none",
+            "model.moe.capacity_factor_eval=1.25, or model.moe.pad_to_capacity=false",
+        ),
+    ),
+    (
+        {
+            "model": {"moe": {"pad_to_capacity": True, "capacity_factor": 1.0, "capacity_factor_eval": 1.0}},
+            "parallel": {"dispatch": "deduplicated"},
+        },
+        (
+            "parallel.dispatch",
+            "deduplicated",
+            "belong to no token",
+            "parallel.dispatch=all_to_all, or model.moe.pad_to_capacity=false",
+        ),
+    ),
+    (
+        {
+            "model": {"moe": {"pad_to_capacity": True, "capacity_factor": 1.0, "capacity_factor_eval": 1.0}},
+            "parallel": {"overlap_chunks": 2},
+        },
+        (
+            "parallel.overlap_chunks",
+            2,
+            "no part of the tokens",
+            "parallel.overlap_chunks=1, or model.moe.pad_to_capacity=false",
+        ),
+    ),
+    (
         {"model": {"num_heads": 6, "num_kv_heads": 4}},
         ("model.num_kv_heads", 4, "must divide model.num_heads (6)", "model.num_kv_heads=3"),
     ),

@@ -49,11 +49,18 @@ def test_attention_key_value_heads_serve_neighbouring_query_heads():
 
 
 @pytest.mark.parametrize(
-    "model",
-    [{}, {"tie_embeddings": False}, {"num_dense_layers": 1}, {"num_layers": 3, "num_heads": 4, "num_kv_heads": 4}],
+    ("model", "moe"),
+    [
+        ({}, {}),
+        ({"tie_embeddings": False}, {}),
+        ({"num_dense_layers": 1}, {}),
+        ({"num_layers": 3, "num_heads": 4, "num_kv_heads": 4}, {}),
+        ({}, {"latent_width": 6, "activation": "relu", "shared_expert_gate": True}),
+        ({}, {"activation": "gelu", "router": "noisy_topk"}),
+    ],
 )
-def test_parameter_count_from_the_config_equals_the_model(model):
-    config = small_config(model=model)
+def test_parameter_count_from_the_config_equals_the_model(model, moe):
+    config = small_config(moe, model=model)
     whole = plain_model(config)
     counts = count_parameters(config.model)
     assert counts.total == sum(p.numel() for p in whole.parameters())
