@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ def summarize(config: Config, status: str, step: int, recorder: Recorder) -> dic
         "heldout": {"before": recorder.evaluations.get(0), "after": recorder.evaluations.get(step)},
         "expert_load": expert_load(config, recent),
         "drop_rate": sum(row["drop_rate"] for row in recent) / max(1, len(recent)),
+        "routing": routing(config, [row for row in recent if row.get("entropy")]),
         "workers": recorder.workers,
         "checkpoint": str(Path(config.run.dir) / "checkpoints" / f"step-{step:08d}"),
     }
@@ -80,6 +83,26 @@ def expert_load(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, An
         number = config.model.num_dense_layers + layer
         layers.append({"layer": number, "load": shares, "max_vio": max_violation(load), "max_vio_step": by_step})
     return layers
+
+
+def routing(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What routing was like over the given steps, in all layers; nothing where no step tells.
+
+    `dead_experts` had no token in any of the steps; `rank_load` is of the layer where ranks differ most, most rows over
+    the mean; `rank_load` and `bytes_sent` are means of the steps.
+    """
+    if not rows:
+        return {}
+    demand = torch.tensor([row["demand"] for row in rows]).sum(0)
+    return {
+        "experts": demand.numel(),
+        "dead_experts": int((demand == 0).sum()),
+        "entropy_nats": statistics.fmean(nats for row in rows for nats in row["entropy"]),
+        "even_entropy_nats": math.log(config.model.moe.num_experts),
+        "rank_load": statistics.fmean(max(row["rank_load"]) for row in rows),
+        "bytes_sent": statistics.fmean(row["bytes_sent"] for row in rows),
+        "balance_distance": statistics.fmean(row["balance_distance"] for row in rows),
+    }
 
 
 def _add_baseline(config: Config, build_dir: Path, summary: dict[str, Any]) -> None:

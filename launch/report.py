@@ -92,6 +92,8 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         facts.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s{mfu}"))
     if summary.get("drop_rate") is not None:
         facts.append(("dropped", f"{summary['drop_rate']:.2%} of routed tokens"))
+    if summary.get("routing"):
+        facts.append(("routing", _routing(summary["routing"])))
     workers = summary.get("workers") or []
     if workers:
         nodes = {worker.get("node") for worker in workers}
@@ -101,6 +103,13 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     if summary.get("run_dir"):
         facts.append(("run", str(summary["run_dir"])))
     return facts
+
+
+def _routing(routing: Mapping[str, float]) -> str:
+    """Under 87 columns for any run."""
+    dead = f"{routing['dead_experts']} of {routing['experts']} experts dead"
+    entropy = f"entropy {routing['entropy_nats']:.2f} of {routing['even_entropy_nats']:.2f} nats"
+    return f"{dead}, {entropy}, rank load {routing['rank_load']:.2f}, {routing['bytes_sent'] / 1e6:,.1f} MB sent a step"
 
 
 def _number(value: float | None, digits: int) -> str:

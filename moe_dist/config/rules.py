@@ -67,13 +67,24 @@ def _moe_rules(config: Config) -> Iterator[ConfigError]:
     if moe.router == "hash":
         yield from _hash_rules(moe)
     yield from _selection_rules(moe)
-    if moe.balance_scope == "global" and moe.balance_loss > 0 and _may_accumulate(config):
+    yield from _balance_rules(moe)
+
+
+def _balance_rules(moe: MoEConfig) -> Iterator[ConfigError]:
+    """What the balance terms are about."""
+    if moe.global_balance != "exact" and moe.balance_scope != "global":
         yield ConfigError(
-            "model.moe.balance_scope",
-            "global",
-            "the exact global term needs the whole global batch in one pass; "
-            f"train.micro_batch_sequences={config.train.micro_batch_sequences} cuts it into several",
-            f"train.micro_batch_sequences={config.train.global_batch_sequences}, or model.moe.balance_scope=sequence",
+            "model.moe.global_balance",
+            moe.global_balance,
+            f"says how the global term counts; model.moe.balance_scope is {moe.balance_scope}",
+            "model.moe.global_balance=exact, or model.moe.balance_scope=global",
+        )
+    if moe.group_balance_loss > 0 and moe.num_groups == 1:
+        yield ConfigError(
+            "model.moe.group_balance_loss",
+            moe.group_balance_loss,
+            "balances groups of experts; model.moe.num_groups=1 makes one group, whose load is always even",
+            "model.moe.group_balance_loss=0.0, or model.moe.num_groups=2 or more",
         )
 
 
@@ -277,10 +288,6 @@ def _precision_rules(config: Config) -> Iterator[ConfigError]:
             "torch.nn.functional.grouped_mm has no fp64; train.precision is fp64",
             "model.moe.backend=loop",
         )
-
-
-def _may_accumulate(config: Config) -> bool:
-    return config.train.micro_batch_sequences < config.train.global_batch_sequences
 
 
 def _nearest_divisor(whole: int, near: int) -> int:

@@ -20,8 +20,9 @@ class RoutingContext:
     Attributes:
         token_BS: Token ids, int64 (hash routing).
         draw: Names the random numbers of this forward; None outside training, where nothing is drawn.
-        demand: Assignments of the whole global batch to each expert, int64 [E] by number of the block, where they are
-            known before the forward (count-first balance); None where the layer asks for them.
+        demand: Assignments to each expert that are known before the forward, int64 [E] by number of the block: those of
+            the whole global batch (exact global balance, counted first), to which the layer adds nothing and asks no
+            other rank; or, with running global balance, those of earlier micro-batches. None where nothing is known.
     """
 
     token_BS: Tensor

@@ -34,14 +34,22 @@ class MoERecord:
         plan: The rows it became; the source of every count.
         journey: What bringing them to the experts cost.
         balance_sum: Load-balancing term, differentiable scalar.
+        group_balance_sum: The same over groups of experts, differentiable scalar.
         z_sum: z-loss term, differentiable scalar.
+        balance_demand_XE: The demand that the balance terms took: by sequence, or [1, E] of all they are about.
+        probability_E: Router probabilities summed over counted tokens; no gradient.
+        entropy_sum: Router entropy summed over counted tokens, nats; no gradient.
     """
 
     decision: RoutingDecision
     plan: RoutingPlan
     journey: Journey
     balance_sum: Tensor
+    group_balance_sum: Tensor
     z_sum: Tensor
+    balance_demand_XE: Tensor
+    probability_E: Tensor
+    entropy_sum: Tensor
 
 
 class MoELayer(nn.Module):
@@ -54,6 +62,7 @@ class MoELayer(nn.Module):
     def __init__(self, width: int, config: MoEConfig, shared: nn.Module | None, number: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.number = number
         self.router = build_router(width, config, number)
         self.experts = Experts(width, config)
         self.shared = shared
@@ -84,7 +93,8 @@ class MoELayer(nn.Module):
         out_TD, journey = self._through_experts(x_TD, self._weights(decision, plan), plan)
         if self.shared is not None:
             out_TD = out_TD + self._shared(x_TD)
-        return out_TD.view(batch, length, width), self._record(decision, plan, journey, counted_BS, length)
+        record = self._record(decision, plan, journey, counted_BS, length, context)
+        return out_TD.view(batch, length, width), record
 
     def _through_experts(self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Journey]:
         """The routed experts, in the latent space where the config has one: tokens are projected before they travel."""
@@ -117,16 +127,41 @@ class MoELayer(nn.Module):
         journey: Journey,
         counted_BS: Tensor | None,
         length: int,
+        context: RoutingContext | None = None,
     ) -> MoERecord:
-        probability_TE = decision.probability_TE
-        if self.config.balance_scope == "global":
-            balance_sum = balance.global_balance_sum(probability_TE, self.sum_over_ranks(plan.demand_E), counted_BS)
-        else:
-            demand_BE = balance.demand_by_sequence(
-                decision.expert_TK, counted_BS, length, self.config.num_experts, decision.asks_TK
-            )
-            balance_sum = balance.sequence_balance_sum(probability_TE, demand_BE, counted_BS, length)
-        return MoERecord(decision, plan, journey, balance_sum, balance.z_sum(decision.logits_TE, counted_BS))
+        groups = self.config.num_groups
+        probability_BE = balance.probability_by_sequence(decision.probability_TE, counted_BS, length)
+        match self.config.balance_scope:
+            case "sequence":
+                experts = self.config.num_experts
+                demand_XE = balance.demand_by_sequence(
+                    decision.expert_TK, counted_BS, length, experts, decision.asks_TK
+                )
+            case "micro_batch":
+                demand_XE = plan.demand_E[None]
+            case "global":
+                demand_XE = self._global_demand(plan.demand_E, context)[None]
+        in_groups = (balance.sum_in_groups(value, groups) for value in (probability_BE, demand_XE))
+        return MoERecord(
+            decision,
+            plan,
+            journey,
+            balance_sum=balance.balance_sum(probability_BE, demand_XE),
+            group_balance_sum=balance.balance_sum(*in_groups),
+            z_sum=balance.z_sum(decision.logits_TE, counted_BS),
+            balance_demand_XE=demand_XE,
+            probability_E=probability_BE.detach().sum(0),
+            entropy_sum=balance.entropy_sum(decision.probability_TE, counted_BS),
+        )
+
+    def _global_demand(self, demand_E: Tensor, context: RoutingContext | None) -> Tensor:
+        """Demand that the global balance term takes, int64 [E]: known before, or asked of all ranks."""
+        known = None if context is None or context.demand is None else context.demand[self.number]
+        if known is None:
+            return self.sum_over_ranks(demand_E)
+        if self.config.global_balance == "running":
+            return known + self.sum_over_ranks(demand_E)
+        return known
 
 
 def _only_here(counts: Tensor) -> Tensor:

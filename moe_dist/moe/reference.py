@@ -35,7 +35,7 @@ def moe_reference(
         occasion: Token ids and what names random numbers; None takes token 0 everywhere, seed 0, step 0.
 
     Returns:
-        The output [B, S, D] and `balance_sum`, `z_sum` (scalars), `demand_E`, `served_E` (int64).
+        The output [B, S, D] and `balance_sum`, `group_balance_sum`, `z_sum` (scalars), `demand_E`, `served_E` (int64).
     """
     batch, length, _ = x_BSD.shape
     occasion = occasion or Occasion([[0] * length] * batch)
@@ -56,8 +56,12 @@ def moe_reference(
         for _, e in kept:
             served_E[e] += 1
         outputs += [_token_output(weights, x_BSD[b, s], routed[s], s, kept, config) for s in range(length)]
-    balance_sum = _balance(sequences, config, x_BSD)
-    stats = {"balance_sum": balance_sum, "z_sum": z_total, "demand_E": demand_E, "served_E": served_E}
+    singles = [[e] for e in range(config.num_experts)]
+    size = config.num_experts // config.num_groups
+    groups = [list(range(first, first + size)) for first in range(0, config.num_experts, size)]
+    stats = {"z_sum": z_total, "demand_E": demand_E, "served_E": served_E}
+    stats["balance_sum"] = _balance(sequences, singles, config, x_BSD)
+    stats["group_balance_sum"] = _balance(sequences, groups, config, x_BSD)
     return torch.stack(outputs).view_as(x_BSD), stats
 
 
@@ -119,17 +123,23 @@ def _expert(weights: dict[str, Tensor], x_D: Tensor, e: int, config: MoEConfig) 
     return (up_F * 0.5 * (1 + torch.erf(up_F / math.sqrt(2)))) @ weights["down"][e]
 
 
-def _balance(sequences: list[tuple[list[Routed], list[int]]], config: MoEConfig, like: Tensor) -> Tensor:
-    """Tokens * E * sum_i f_i P_i, for each sequence or for all of them together."""
-    groups = sequences
-    if config.balance_scope == "global":
+def _balance(
+    sequences: list[tuple[list[Routed], list[int]]], groups: list[list[int]], config: MoEConfig, like: Tensor
+) -> Tensor:
+    """Tokens * (groups of experts) * sum_j f_j P_j, for each sequence or for all that are here together.
+
+    All that are here are the micro-batch of a rank; where the whole global batch is here, they are that.
+    """
+    sets = sequences
+    if config.balance_scope != "sequence":
         everything = [routed[s] for routed, counted in sequences for s in counted]
-        groups = [(everything, list(range(len(everything))))]
+        sets = [(everything, list(range(len(everything))))]
     total = like.new_zeros(())
-    for routed, counted in groups:
+    for routed, counted in sets:
         asked = sum(len(routed[s].chosen) for s in counted)
-        for e in range(config.num_experts):
-            fraction = sum(e in routed[s].chosen for s in counted) / max(asked, 1)
+        for group in groups:
+            fraction = sum(e in routed[s].chosen for s in counted for e in group) / max(asked, 1)
             for s in counted:
-                total = total + config.num_experts * fraction * routed[s].probability_E[e]
+                for e in group:
+                    total = total + len(groups) * fraction * routed[s].probability_E[e]
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,34 +22,40 @@ class LossSums:
     Attributes:
         cross_entropy: Nats, differentiable scalar.
         balance: Balance term summed over layers, before its coefficient.
+        group_balance: The same over groups of experts.
         z: z-loss summed over layers, before its coefficient.
         records: The layers' records.
     """
 
     cross_entropy: Tensor
     balance: Tensor
+    group_balance: Tensor
     z: Tensor
     records: list[MoERecord]
 
     def total(self, config: MoEConfig) -> Tensor:
         """The sum whose gradient is taken, still to be divided by the global number of counted tokens."""
-        return self.cross_entropy + config.balance_loss * self.balance + config.z_loss * self.z
+        balance = config.balance_loss * self.balance + config.group_balance_loss * self.group_balance
+        return self.cross_entropy + balance + config.z_loss * self.z
 
 
-def language_modelling_sums(model: Transformer, rows: Tensor, draw: Draw | None = None) -> LossSums:
+def language_modelling_sums(
+    model: Transformer, rows: Tensor, draw: Draw | None = None, demand: Mapping[int, Tensor] | None = None
+) -> LossSums:
     """Runs a micro-batch.
 
     Args:
         model: The decoder.
         rows: Token ids int64 [B, S+1]; the first S are inputs, the last S are targets; B may be 0.
         draw: Names the random numbers of routers that draw some.
+        demand: What the balance terms know of the step's demand, see `RoutingContext`.
     """
-    hidden_BSD, records = model(rows[:, :-1], draw=draw)
+    hidden_BSD, records = model(rows[:, :-1], draw=draw, demand=demand)
     nats_T = token_nats(model, hidden_BSD, rows[:, 1:])
-    nothing = nats_T.new_zeros(())
-    balance = torch.stack([record.balance_sum for record in records]).sum() if records else nothing
-    z = torch.stack([record.z_sum for record in records]).sum() if records else nothing
-    return LossSums(nats_T.sum(), balance, z, records)
+    nothing = nats_T.new_zeros(3)
+    terms = [torch.stack([r.balance_sum, r.group_balance_sum, r.z_sum]) for r in records]
+    balance, group_balance, z = torch.stack(terms).sum(0) if terms else nothing
+    return LossSums(nats_T.sum(), balance, group_balance, z, records)
 
 
 def token_nats(model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:

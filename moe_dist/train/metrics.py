@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,15 @@ from moe_dist.train.step import StepFigures
 RECENT_STEPS = 20
 _MOST_EXPERT_CURVES = 512
 _LOADS = ("demand", "served")
+_PLAIN_FIGURES = ("loss", "cross_entropy", "balance", "z", "grad_norm", "lr", "tokens")
+_BALANCE_FIGURES = ("balance_exact", "balance_distance", "group_balance")
+# What the progress display gets of a figure that has a value for every layer.
+_OVER_LAYERS: dict[str, Callable[[Iterable[float]], float]] = {
+    "max_vio": max,
+    "dead_experts": sum,
+    "entropy": statistics.fmean,
+    "rank_load": max,
+}
 
 _SCHEMA = pa.schema(
     [("step", pa.int64())]
@@ -38,6 +49,9 @@ _SCHEMA = pa.schema(
     + [(name, pa.float64()) for name in ("seconds", "tokens_per_second", "mfu", "drop_rate")]
     + [("max_vio", pa.list_(pa.float64()))]
     + [(name, pa.list_(pa.list_(pa.int64()))) for name in ("demand", "served")]
+    + [(name, pa.float64()) for name in ("balance_exact", "balance_distance", "group_balance")]
+    + [("dead_experts", pa.list_(pa.int64())), ("bytes_sent", pa.int64())]
+    + [(name, pa.list_(pa.float64())) for name in ("entropy", "rank_load")]
 )
 
 
@@ -108,7 +122,7 @@ class Recorder:
         self._unwritten.append(row)
         if self._board is not None:
             _draw(self._board, row)
-        self.event("step", **{**small, "max_vio": max(row["max_vio"], default=0.0)})
+        self.event("step", **small | {name: over(row[name] or [0.0]) for name, over in _OVER_LAYERS.items()})
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Records a held-out evaluation after `step` updates."""
@@ -138,29 +152,28 @@ def step_row(step: int, figures: StepFigures, seconds: float) -> dict[str, Any]:
     asked, served = int(figures.demand.sum()), int(figures.served.sum())
     return {
         "step": step,
-        "loss": figures.loss,
-        "cross_entropy": figures.cross_entropy,
-        "balance": figures.balance,
-        "z": figures.z,
-        "grad_norm": figures.grad_norm,
-        "lr": figures.lr,
-        "tokens": figures.tokens,
+        **{name: getattr(figures, name) for name in (*_PLAIN_FIGURES, *_BALANCE_FIGURES)},
         "seconds": seconds,
         "tokens_per_second": figures.tokens / seconds,
         "drop_rate": 1 - served / asked if asked else 0.0,
         "max_vio": [max_violation(load) for load in figures.demand],
         "demand": figures.demand.tolist(),
         "served": figures.served.tolist(),
+        "dead_experts": figures.dead_experts,
+        "entropy": figures.entropy,
+        "rank_load": figures.rank_load,
+        "bytes_sent": figures.bytes_sent,
     }
 
 
 def _draw(board: SummaryWriter, row: dict[str, Any]) -> None:
     step = row["step"]
-    for name in ("loss", "cross_entropy", "balance", "z", "grad_norm", "lr", "tokens_per_second", "mfu", "drop_rate"):
+    for name in (*_PLAIN_FIGURES, *_BALANCE_FIGURES, "tokens_per_second", "mfu", "drop_rate", "bytes_sent"):
         board.add_scalar(f"train/{name}", row[name], step)
     experts = sum(map(len, row["demand"]))
-    for layer, (load, violation) in enumerate(zip(row["demand"], row["max_vio"], strict=True)):
-        board.add_scalar(f"max_vio/layer_{layer}", violation, step)
+    for layer, load in enumerate(row["demand"]):
+        for name in _OVER_LAYERS:
+            board.add_scalar(f"{name}/layer_{layer}", row[name][layer], step)
         if experts <= _MOST_EXPERT_CURVES:
             for expert, count in enumerate(load):
                 board.add_scalar(f"load_layer_{layer}/expert_{expert}", count / max(1, sum(load)), step)
@@ -195,7 +208,8 @@ def _cut_record(folder: Path, last_step: int) -> None:
 def _read_rows(folder: Path, from_step: int = 0, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     columns = [name for name in _SCHEMA.names if name not in without]
     parts = [path for _, last, path in _parts(folder) if last >= from_step]
-    rows = [row for path in parts for row in pq.read_table(path, columns=columns).to_pylist()]
+    # By the schema: what the parts of an older version lack is read as null.
+    rows = [row for path in parts for row in pq.read_table(path, columns=columns, schema=_SCHEMA).to_pylist()]
     return [row for row in rows if row["step"] >= from_step]
 
 

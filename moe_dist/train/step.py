@@ -1,11 +1,14 @@
-"""One optimizer update, and everything that is known about it. Shape letters: n rows of this rank, S sequence."""
+"""One optimizer update, and everything that is known about it.
+
+Shape letters: n rows of this rank, S sequence, E experts, W ranks.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from torch import Tensor
 from moe_dist.config import Config
 from moe_dist.errors import TrainingFault
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.balance import balance_sum, max_over_mean
 from moe_dist.moe.randomness import Draw
 from moe_dist.moe.selection import moved_bias
 from moe_dist.objectives.language_modelling import LossSums, language_modelling_sums
@@ -20,6 +24,7 @@ from moe_dist.optim import learning_rate, set_learning_rate
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.demand import Demand, count_demand, counts_first, demand_so_far
 
 
 @dataclass(frozen=True)
@@ -41,25 +46,51 @@ class StepFigures:
         loss: Cross-entropy plus balance terms with their coefficients, nats a token.
         cross_entropy: Nats a token.
         balance: Balance term of all layers before its coefficient; the number of layers when perfectly even.
+        balance_exact: The same over the whole global batch, whatever the term was asked for; where the global term is
+            approximated, `balance_distance` is its error.
+        group_balance: Balance term over groups of experts, before its coefficient.
         z: z-loss of all layers before its coefficient.
         grad_norm: Global 2-norm before clipping.
         lr: Learning rate.
         tokens: Counted tokens of the step.
         demand: Assignments asked for, before drops, int64 [layers, experts].
         served: Rows computed, int64 [layers, experts].
+        rank_rows: Rows that the experts of each rank computed, int64 [layers, ranks].
+        entropy: Mean entropy of the router over counted tokens, nats, by layer.
+        bytes_sent: Bytes that ranks sent to each other to bring tokens to experts and back, in all forward passes.
         stop: Some rank was asked to stop.
     """
 
     loss: float
     cross_entropy: float
     balance: float
+    balance_exact: float
+    group_balance: float
     z: float
     grad_norm: float
     lr: float
     tokens: int
     demand: Tensor
     served: Tensor
+    rank_rows: Tensor
+    entropy: list[float]
+    bytes_sent: int
     stop: bool
+
+    @property
+    def balance_distance(self) -> float:
+        """How far the balance term is from that of the whole global batch."""
+        return self.balance - self.balance_exact
+
+    @property
+    def dead_experts(self) -> list[int]:
+        """Experts that no token asked for, by layer."""
+        return (self.demand == 0).sum(1).tolist()
+
+    @property
+    def rank_load(self) -> list[float]:
+        """Most rows that a rank computed over the mean, by layer; 1 is even."""
+        return [max_over_mean(rows_W) for rows_W in self.rank_rows]
 
 
 def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = False) -> StepFigures:
@@ -80,12 +111,15 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     first_row, rows_everywhere = _place_in_batch(rows, trainee.mesh)
     counted = rows_everywhere * rows[:, 1:].shape[1]
     tally = _Tally(trainee, stop_asked)
-    for micro_batch in micro_batches(rows, config, trainee.mesh.layout.ranks):
+    passes = list(_passes(rows, config, Draw(config.seed, step, first_row), trainee.mesh.layout.ranks))
+    demand = _demand_before(trainee, passes)
+    for micro_batch, draw in passes:
         with autocast(config, rows.device):
-            sums = language_modelling_sums(trainee.model, micro_batch, Draw(config.seed, step, first_row))
-        first_row += len(micro_batch)
+            sums = language_modelling_sums(trainee.model, micro_batch, draw, demand)
         (sums.total(config.model.moe) / counted).backward()
         tally.add(sums)
+        if config.model.moe.global_balance == "running":
+            demand = demand_so_far(trainee.model, sums.records)
     trainee.gradients.reduce()
     grad_norm = float(trainee.gradients.clip(config.train.clip_norm))
     figures = tally.figures(counted, grad_norm, learning_rate(step, config.train.steps, config.optimizer))
@@ -104,6 +138,21 @@ def _place_in_batch(rows: Tensor, mesh: Mesh) -> tuple[int, int]:
     rows_W[mesh.rank] = len(rows)
     everywhere = sum_ranks(rows_W, mesh.world).tolist()
     return sum(everywhere[: mesh.rank]), sum(everywhere)
+
+
+def _passes(rows: Tensor, config: Config, draw: Draw, ranks: int) -> Iterator[tuple[Tensor, Draw]]:
+    """The micro-batches of this rank, each with what names its random numbers; `draw` is that of the first."""
+    for micro_batch in micro_batches(rows, config, ranks):
+        yield micro_batch, draw
+        draw = replace(draw, first_row=draw.first_row + len(micro_batch))
+
+
+def _demand_before(trainee: Trainee, passes: list[tuple[Tensor, Draw]]) -> Demand | None:
+    """What the exact global balance term must know before the first micro-batch."""
+    if not counts_first(trainee.config.model.moe, len(passes)):
+        return None
+    with autocast(trainee.config, passes[0][0].device):
+        return count_demand(trainee.model, passes, trainee.mesh)
 
 
 @torch.no_grad()
@@ -141,30 +190,48 @@ class _Tally:
         self.moe = trainee.config.model.moe
         self.device = trainee.model.embedding.weight.device
         layers = sum(1 for _ in trainee.model.moe_layers())
-        self.counts = torch.zeros(2, layers, self.moe.num_experts, dtype=torch.int64, device=self.device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.stop = float(stop_asked)
+        shapes: dict[str, tuple[int, ...]] = {"cross_entropy": (), "balance": (), "group_balance": (), "z": ()}
+        shapes |= dict.fromkeys(("demand", "served", "probability"), (layers, self.moe.num_experts))
+        shapes |= {"entropy": (layers,), "rank_rows": (layers, self.mesh.layout.ranks), "bytes_sent": (), "stop": ()}
+        self.sums = {
+            name: torch.zeros(shape, dtype=torch.float64, device=self.device) for name, shape in shapes.items()
+        }
+        self.sums["stop"] += stop_asked
 
     def add(self, sums: LossSums) -> None:
+        """Adds a micro-batch that is trained on."""
+        for name in ("cross_entropy", "balance", "group_balance", "z"):
+            self.sums[name] += getattr(sums, name).detach()
         for layer, record in enumerate(sums.records):
-            self.counts[0, layer] += record.plan.demand_E
-            self.counts[1, layer] += record.plan.served_E
-        self.sums += torch.stack([t.detach().double() for t in (sums.cross_entropy, sums.balance, sums.z)])
+            self.sums["demand"][layer] += record.plan.demand_E
+            self.sums["served"][layer] += record.plan.served_E
+            self.sums["probability"][layer] += record.probability_E
+            self.sums["entropy"][layer] += record.entropy_sum
+            self.sums["rank_rows"][layer, self.mesh.rank] += record.journey.rows
+            self.sums["bytes_sent"] += record.journey.bytes_sent
 
     def figures(self, counted: int, grad_norm: float, lr: float) -> StepFigures:
-        stop = torch.tensor([self.stop], dtype=torch.float64, device=self.device)
-        everything = sum_ranks(torch.cat([self.sums, stop, self.counts.flatten().double()]), self.mesh.world).cpu()
-        cross_entropy, balance, z = (everything[:3] / counted).tolist()
-        demand, served = everything[4:].long().view(self.counts.shape)
+        total = self._over_all_ranks()
+        exact = float(balance_sum(total["probability"], total["demand"]))
+        weighed = {"balance": self.moe.balance_loss, "group_balance": self.moe.group_balance_loss, "z": self.moe.z_loss}
+        terms = {name: float(total[name]) / counted for name in ("cross_entropy", *weighed)}
         return StepFigures(
-            loss=cross_entropy + self.moe.balance_loss * balance + self.moe.z_loss * z,
-            cross_entropy=cross_entropy,
-            balance=balance,
-            z=z,
+            **terms,
+            loss=terms["cross_entropy"] + sum(weight * terms[name] for name, weight in weighed.items()),
+            balance_exact=exact / counted,
             grad_norm=grad_norm,
             lr=lr,
             tokens=counted,
-            demand=demand,
-            served=served,
-            stop=bool(everything[3] > 0),
+            demand=total["demand"].long(),
+            served=total["served"].long(),
+            rank_rows=total["rank_rows"].long(),
+            entropy=(total["entropy"] / counted).tolist(),
+            bytes_sent=int(total["bytes_sent"]),
+            stop=bool(total["stop"] > 0),
         )
+
+    def _over_all_ranks(self) -> dict[str, Tensor]:
+        """Every sum over all ranks, on the host."""
+        flat = sum_ranks(torch.cat([value.flatten() for value in self.sums.values()]), self.mesh.world).cpu()
+        parts = flat.split([value.numel() for value in self.sums.values()])
+        return {name: part.view(value.shape) for (name, value), part in zip(self.sums.items(), parts, strict=True)}

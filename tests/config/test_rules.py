@@ -162,15 +162,21 @@ BROKEN = [
         ("model.moe.groups_per_token", 1, "at least model.moe.top_k (3)", "model.moe.groups_per_token=2"),
     ),
     (
-        {
-            "model": {"moe": {"balance_scope": "global"}},
-            "train": {"micro_batch_sequences": 4, "global_batch_sequences": 8},
-        },
+        {"model": {"moe": {"global_balance": "running"}}},
         (
-            "model.moe.balance_scope",
-            "global",
-            "train.micro_batch_sequences=4 cuts it",
-            "train.micro_batch_sequences=8, or model.moe.balance_scope=sequence",
+            "model.moe.global_balance",
+            "running",
+            "model.moe.balance_scope is sequence",
+            "model.moe.global_balance=exact, or model.moe.balance_scope=global",
+        ),
+    ),
+    (
+        {"model": {"moe": {"group_balance_loss": 0.1}}},
+        (
+            "model.moe.group_balance_loss",
+            0.1,
+            "always even",
+            "model.moe.group_balance_loss=0.0, or model.moe.num_groups=2 or more",
         ),
     ),
     (
@@ -233,8 +239,9 @@ def test_rules_defaults_keep_them_all() -> None:
         hashed(top_k=1),
         hashed(capacity_factor=1.0, drop_policy="position_choice_major"),
         {"model": {"num_layers": 2, "num_dense_layers": 2}},
-        {"model": {"moe": {"balance_scope": "global"}}},
-        {"model": {"moe": {"balance_scope": "global", "balance_loss": 0.0}}, "train": {"micro_batch_sequences": 1}},
+        {"model": {"moe": {"balance_scope": "global"}}, "train": {"micro_batch_sequences": 1}},
+        {"model": {"moe": {"balance_scope": "global", "global_balance": "running"}}},
+        {"model": {"moe": {"group_balance_loss": 0.1, "num_groups": 2, "groups_per_token": 2}}},
     ],
 )
 def test_rules_values_at_the_border_pass(tree: dict) -> None:

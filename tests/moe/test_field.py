@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import MoEConfig
 from moe_dist.config.load import find_problems
-from moe_dist.moe.balance import global_balance_sum
+from moe_dist.moe import balance
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.router import Router
 from tests.support.tolerances import assert_close
@@ -131,16 +132,20 @@ def test_sigmoid_raw_scores_equal_those_of_llama4():
     assert_close(spread(decision.expert_TK, decision.gate_TK), theirs(x)[0], "scores")
 
 
-def test_balance_is_that_of_transformers_over_top_k():
-    """Theirs sums over the K choices without dividing by K, so that even load gives K; ours gives 1."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    router = Router(D, MoEConfig(num_experts=E, top_k=3))
+@pytest.mark.parametrize(("family", "top_k"), [("mixtral", 2), ("qwen3_moe", 3)])
+def test_balance_is_that_of_transformers_over_top_k(family, top_k):
+    """Theirs sums over the K choices without dividing by K, so that even load gives K; ours gives 1. Layers: theirs
+    takes all of a model's as one set of tokens, so that it compares with ours layer by layer only."""
+    theirs = importlib.import_module(f"transformers.models.{family}.modeling_{family}").load_balancing_loss_func
+    router = Router(D, MoEConfig(num_experts=E, top_k=top_k))
     fill(router)
     decision = router(torch.randn(B * S, D, generator=torch.Generator().manual_seed(1)))
-    demand_E = torch.bincount(decision.expert_TK.flatten(), minlength=E)
-    ours = global_balance_sum(decision.probability_TE, demand_E, None) / (B * S)
-    assert_close(3 * ours, load_balancing_loss_func((decision.logits_TE,), E, 3), "balance")
+    for counted_BS in (None, torch.arange(B * S).view(B, S) % 3 > 0):
+        tokens = B * S if counted_BS is None else int(counted_BS.sum())
+        probability_BE = balance.probability_by_sequence(decision.probability_TE, counted_BS, S)
+        demand_BE = balance.demand_by_sequence(decision.expert_TK, counted_BS, S, E)
+        ours = balance.balance_sum(probability_BE, demand_BE.sum(0, keepdim=True)) / tokens
+        assert_close(top_k * ours, theirs((decision.logits_TE,), E, top_k, counted_BS), "balance")
 
 
 def test_gshard_gates_and_drops_equal_those_of_fairscale(monkeypatch):

@@ -36,18 +36,19 @@ def inputs(dtype=torch.float64, padded=False, seed=3):
     return x, counted
 
 
-def objective(y, balance_sum, z_sum):
+def objective(y, balance_sum, z_sum, group_balance_sum=0.0):
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    return (y * weights).sum() + 0.1 * balance_sum + 0.01 * z_sum
+    return (y * weights).sum() + 0.1 * balance_sum + 0.01 * z_sum + 0.2 * group_balance_sum
 
 
 def gradients(layer: MoELayer, x, total):
     return torch.autograd.grad(total, [x, layer.router.weight, layer.experts.gate_up, layer.experts.down])
 
 
+SCOPES = ("sequence", "micro_batch", "global")
 POLICIES = ("probability", "position_token_major", "position_choice_major")
 CASES = [
-    *itertools.product([(None, "probability")], [False], [False, True], ["sequence", "global"], [False, True]),
+    *itertools.product([(None, "probability")], [False], [False, True], SCOPES, [False, True]),
     *itertools.product(
         [(1.0, policy) for policy in POLICIES], [False, True], [False, True], ["sequence", "global"], [False, True]
     ),
@@ -64,6 +65,8 @@ def test_layer_any_options_equal_the_oracle(capacity, renormalize, padded, scope
         balance_scope=scope,
         normalize_gates=normalize,
         gate_scale=1.7,
+        num_groups=2,
+        groups_per_token=2,
     )
     x, counted = inputs(padded=padded)
     y, record = layer(x, counted if padded else None)
@@ -74,9 +77,12 @@ def test_layer_any_options_equal_the_oracle(capacity, renormalize, padded, scope
     assert factor is None or not torch.equal(stats["demand_E"], stats["served_E"]), "the case must drop something"
     assert_close(y, expected, "output")
     assert_close(record.balance_sum, stats["balance_sum"], "balance")
+    assert_close(record.group_balance_sum, stats["group_balance_sum"], "group balance")
     assert_close(record.z_sum, stats["z_sum"], "z")
-    found = gradients(layer, x, objective(y, record.balance_sum, record.z_sum))
-    wanted = gradients(layer, x, objective(expected, stats["balance_sum"], stats["z_sum"]))
+    found = gradients(layer, x, objective(y, record.balance_sum, record.z_sum, record.group_balance_sum))
+    wanted = gradients(
+        layer, x, objective(expected, *(stats[f"{name}_sum"] for name in ("balance", "z", "group_balance")))
+    )
     for name, mine, theirs in zip(("x", "router", "gate_up", "down"), found, wanted, strict=True):
         assert_close(mine, theirs, f"gradient of {name}")
 
@@ -122,8 +128,8 @@ def test_layer_added_padding_changes_nothing():
     padded_y, padded = layer(longer, counted)
     assert_close(padded_y[:, :S], y, "output")
     assert torch.equal(padded.plan.demand_E, record.plan.demand_E)
-    assert_close(padded.balance_sum, record.balance_sum, "balance")
-    assert_close(padded.z_sum, record.z_sum, "z")
+    for name in ("balance_sum", "z_sum", "group_balance_sum", "probability_E", "entropy_sum"):
+        assert_close(getattr(padded, name), getattr(record, name), name)
 
 
 def test_layer_drops_do_not_reach_demand_or_balance():

@@ -258,7 +258,8 @@ def test_sigmoid_choice_is_right_where_the_sigmoid_is_rounded_to_one():
 def mean_balance(decision) -> float:
     tokens = decision.expert_TK.shape[0]
     demand = balance.demand_by_sequence(decision.expert_TK, None, tokens, 4)
-    return float(balance.sequence_balance_sum(decision.probability_TE, demand, None, tokens)) / tokens
+    probability = balance.probability_by_sequence(decision.probability_TE, None, tokens)
+    return float(balance.balance_sum(probability, demand)) / tokens
 
 
 @pytest.mark.parametrize("router", ["noisy", "hash", "sigmoid, groups and bias"])

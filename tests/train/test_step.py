@@ -164,6 +164,22 @@ def test_run_stopped_and_continued_equals_one_never_stopped(tmp_path):
                 assert row["loss"] == pytest.approx(loss, rel=RELATIVE[torch.float32])
 
 
+def test_record_of_an_older_version_is_continued(tmp_path):
+    """Its Parquet parts lack what was added since: those figures are null, the others are kept."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    rows = [{"step": step, "loss": 2.0, "seconds": 1.0, "max_vio": [0.5], "demand": [[3, 1]]} for step in (1, 2, 3)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "steps-00000001-00000003.parquet")
+    recorder = Recorder(tmp_path, True, flops_per_token=1e3, peak_flops=1e9)
+    recorder.open(2, 6, [])
+    recorder.close()
+    assert [(row["step"], row["loss"], row["entropy"]) for row in recorder.rows] == [(1, 2.0, None), (2, 2.0, None)]
+    assert [row["demand"] for row in recorder.recent] == [[[3, 1]]] * 2
+
+
 def full_disk_at_the_first_save(rank: int, folder: str) -> dict[str, Any]:
     from moe_dist.checkpoint import save
 
