@@ -22,6 +22,7 @@ def broken_rules(config: Config) -> Iterator[ConfigError]:
     """Yields every broken rule, in the order of the tree."""
     yield from _model_rules(config)
     yield from _moe_rules(config)
+    yield from _parallel_rules(config)
     yield from _precision_rules(config)
 
 
@@ -222,6 +223,31 @@ def _selection_rules(moe: MoEConfig) -> Iterator[ConfigError]:
             moe.groups_per_token,
             f"a token's groups of {experts_per_group} experts must hold at least model.moe.top_k ({moe.top_k})",
             f"model.moe.groups_per_token={-(-moe.top_k // experts_per_group)}",
+        )
+
+
+def _parallel_rules(config: Config) -> Iterator[ConfigError]:
+    parallel = config.parallel
+    if parallel.ranks_per_node is not None and parallel.dispatch != "two_level":
+        yield ConfigError(
+            "parallel.ranks_per_node",
+            parallel.ranks_per_node,
+            f"only the two-level dispatcher knows nodes; parallel.dispatch is {parallel.dispatch}",
+            "parallel.ranks_per_node=null, or parallel.dispatch=two_level",
+        )
+    if parallel.dispatch == "deepep" and parallel.overlap_chunks > 1:
+        yield ConfigError(
+            "parallel.overlap_chunks",
+            parallel.overlap_chunks,
+            "exchanges of DeepEP are not overlapped",
+            "parallel.overlap_chunks=1, or parallel.dispatch=deduplicated",
+        )
+    if parallel.dispatch == "deepep" and config.train.precision != "bf16":
+        yield ConfigError(
+            "parallel.dispatch",
+            "deepep",
+            f"DeepEP carries tokens in bf16; train.precision is {config.train.precision}",
+            "train.precision=bf16, or parallel.dispatch=deduplicated",
         )
 
 
