@@ -5,25 +5,26 @@ Shape letters: T tokens of a rank, D model width, K experts per token, E experts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_dist.config import ParallelConfig
 from moe_dist.moe.plan import RoutingPlan
 from moe_dist.parallel.choices import arrange_arrivals, crossing_tokens, encode_choices, list_departures
-from moe_dist.parallel.dispatch_deduplicated import fan_of_crossings
 from moe_dist.parallel.expert import build_dispatcher
-from moe_dist.parallel.fan import Fan, fan_in, fan_out
-from moe_dist.parallel.mesh import Layout
+from moe_dist.parallel.fan import Fan, fan_in, fan_of_crossings, fan_out
+from moe_dist.parallel.mesh import Layout, Mesh, build_mesh
+from moe_dist.parallel.phases import PhasedDispatcher
 from moe_dist.parallel.wire import ItemBytes, WireBytes, expected_share_of_plain
 from tests.support.gang import run_gang
+from tests.support.models import small_config
 from tests.support.tolerances import assert_close
 from tests.support.wire import Wire
 
@@ -122,22 +123,25 @@ def expected_of(case: Case) -> tuple[list[dict[str, Tensor]], Tensor]:
     return found, weights.grad
 
 
-def one_pass(rank: int, case: Case, dispatch: str) -> dict[str, Any]:
+def one_pass(rank: int, case: Case, dispatch: str, mesh: Mesh) -> dict[str, Any]:
     """Forward and backward of one dispatcher around simple experts, with the bytes of each part."""
-    owners = [Layout(RANKS, RANKS, case.experts).experts_of(place) for place in range(RANKS)]
-    dispatcher = build_dispatcher(dispatch, dist.group.WORLD, owners)
-    given = inputs_of(case, rank)
+    layout = Layout(RANKS, RANKS, case.experts)
+    model = small_config({"num_experts": case.experts, "top_k": 1, "normalize_gates": False}).model
+    dispatcher = build_dispatcher(replace(mesh, layout=layout), ParallelConfig(dispatch=dispatch), model)
+    assert isinstance(dispatcher, PhasedDispatcher)
+    given, own = inputs_of(case, rank), layout.experts_of(rank)
     x_TD, gate_TK = given.x_TD.requires_grad_(), given.gate_TK.requires_grad_()
-    weights_LDD = weights_of(case)[owners[rank].start : owners[rank].stop].requires_grad_()
+    weights_LDD = weights_of(case)[own.start : own.stop].requires_grad_()
     plan = plan_of(given.expert_TK, given.kept_TK, case.experts)
-    with Wire(rank).tapped() as wire:
-        dispatched = dispatcher.dispatch(x_TD, plan)
+    with Wire().tapped() as wire:
+        ticket = dispatcher.announce(plan)
+        dispatched = dispatcher.arrive(dispatcher.launch(x_TD, gate_TK, ticket))
         on_the_way = wire.taken()
         narrow = case.experts_dtype or case.dtype
         inputs = dispatched.rows_RD.to(narrow).split(dispatched.counts_L)
         parts = zip(inputs, weights_LDD.to(narrow), strict=True)
         y_RD = torch.cat([(rows @ weight).tanh() for rows, weight in parts])
-        out_TD = dispatcher.combine(y_RD, gate_TK, plan, dispatched)
+        out_TD = dispatcher.collect(dispatcher.send_back(y_RD, dispatched))
         sent = WireBytes(on_the_way, wire.taken())
         (out_TD * given.slope_TD).sum().backward()
     return {
@@ -146,13 +150,15 @@ def one_pass(rank: int, case: Case, dispatch: str) -> dict[str, Any]:
         "rows": dispatched.rows_RD.detach(),
         "sent": sent,
         "sent_backward": wire.taken(),
-        "formula": dispatcher.bytes_sent(dispatched, case.item),
-        "traffic": dispatcher.traffic(dispatched),
+        "formula": dispatcher.bytes_sent(ticket, case.item),
+        "traffic": ticket.traffic,
     }
 
 
 def all_passes(rank: int) -> dict[Any, dict[str, Any]]:
-    return {(n, d, go): one_pass(rank, case, d) for n, case in CASES.items() for d in DISPATCHERS for go in (0, 1)}
+    mesh = build_mesh(Layout(RANKS, RANKS, RANKS), timeout_seconds=60)
+    keys = [(name, dispatch, go) for name in CASES for dispatch in DISPATCHERS for go in (0, 1)]
+    return {(name, dispatch, go): one_pass(rank, CASES[name], dispatch, mesh) for name, dispatch, go in keys}
 
 
 @cache
@@ -222,7 +228,7 @@ def counted_bytes(case: Case, rank: int, dispatch: str) -> WireBytes:
     else:
         there = sum(len(tokens.get((rank, w), ())) for w in others)
         back = sum(len(tokens.get((w, rank), ())) for w in others)
-    return WireBytes(16 * len(others) + 8 * sent + item.token * there, item.gate * sent + item.result * back)
+    return WireBytes(16 * len(others) + (8 + item.gate) * sent + item.token * there, item.result * back)
 
 
 def test_deduplicated_sends_one_row_where_all_experts_of_a_token_live_on_one_rank():

@@ -15,9 +15,9 @@ from moe_dist.parallel import dispatch_all_to_all, dispatch_by_token
 from moe_dist.parallel import fan as fan_module
 from moe_dist.parallel import gradients as gradients_module
 from moe_dist.parallel.choices import Arrivals, arrange_arrivals
+from moe_dist.parallel.collectives import arrived_rows
 from moe_dist.parallel.dispatch_all_to_all import arrange_by_expert
 from moe_dist.parallel.dispatch_by_token import TokenDispatcher
-from moe_dist.parallel.dispatch_deduplicated import DeduplicatedDispatcher
 from moe_dist.parallel.fan import Fan, fan_in
 from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
@@ -214,17 +214,17 @@ def planted_by_token(rank: int) -> dict[str, StepProof]:
     """Steps of four ranks in two expert copies, tokens de-duplicated, with one mistake each."""
     config = config_of("seven experts, five a token, capacity", 6, "deduplicated")
     parts = cut(random_rows(6), 4)
-    bring_gates = TokenDispatcher.bring_gates
+    gates_of_rows = TokenDispatcher.gates_of_rows
     bugs = {
-        "none": mock.patch.object(TokenDispatcher, "bring_gates", bring_gates),
+        "none": mock.patch.object(TokenDispatcher, "gates_of_rows", gates_of_rows),
         "gate applied twice": mock.patch.object(
-            TokenDispatcher, "bring_gates", lambda *given: bring_gates(*given).square()
+            TokenDispatcher, "gates_of_rows", lambda *given: gates_of_rows(*given).square()
         ),
         "gradient of the gates dropped": mock.patch.object(
-            TokenDispatcher, "bring_gates", lambda *given: bring_gates(*given).detach()
+            TokenDispatcher, "gates_of_rows", lambda *given: gates_of_rows(*given).detach()
         ),
-        "gates in order of arrival": mock.patch.object(TokenDispatcher, "bring_gates", _gates_unsorted),
-        "sum over ranks misses the last": mock.patch.object(DeduplicatedDispatcher, "sum_at_home", _sum_without_last),
+        "gates in order of arrival": mock.patch.object(TokenDispatcher, "gates_of_rows", _gates_unsorted),
+        "sum over ranks misses the last": mock.patch.object(TokenDispatcher, "collect", _sum_without_last),
         "rows left in order of arrival": mock.patch.object(dispatch_by_token, "arrange_arrivals", _arrivals_unsorted),
         "gradient of a token from one expert of a rank": mock.patch.object(
             fan_module._FanOut, "backward", staticmethod(_gradient_of_first_row)
@@ -237,16 +237,13 @@ def planted_by_token(rank: int) -> dict[str, StepProof]:
     return found
 
 
-def _gates_unsorted(self: Any, gate_TK: Tensor, ticket: Any) -> Tensor:
-    gate_N1 = gate_TK.reshape(-1, 1).index_select(0, ticket.departures.slot_N)
-    traffic = ticket.traffic
-    exchange = dispatch_by_token.all_to_all_rows
-    return exchange(gate_N1, traffic.choices_out, traffic.choices_in, self.group).squeeze(1)
+def _gates_unsorted(self: Any, flight: Any) -> Tensor:
+    return arrived_rows(flight.gates)
 
 
-def _sum_without_last(self: Any, returned: Tensor, ticket: Any) -> Tensor:
-    home = ticket.home
-    return fan_in(returned, None, Fan(home.source_R, home.passes[:-1], home.place_M))
+def _sum_without_last(self: Any, flight: Any) -> Tensor:
+    home = flight.ticket.home
+    return fan_in(arrived_rows(flight.rows), None, Fan(home.source_R, home.passes[:-1], home.place_M))
 
 
 def _arrivals_unsorted(*given: Any) -> Arrivals:
