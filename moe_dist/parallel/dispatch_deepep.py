@@ -120,7 +120,7 @@ def open_buffer(group: dist.ProcessGroup, experts_by_rank: list[range], width: i
     """DeepEP's buffer for rows of `width` values; entered by all ranks of the group.
 
     Raises:
-        LayoutError: DeepEP is not installed, or ranks hold unequal numbers of experts.
+        LayoutError: DeepEP is not installed or does not serve so many ranks, or ranks hold unequal numbers of experts.
     """
     fix = "parallel.dispatch=deduplicated"
     sizes = {len(experts) for experts in experts_by_rank}
@@ -133,7 +133,10 @@ def open_buffer(group: dist.ProcessGroup, experts_by_rank: list[range], width: i
         rule = f"needs the module deep_ep, which cannot be imported ({error})"
         raise LayoutError("parallel.dispatch", "deepep", rule, f"install DeepEP, or {fix}") from error
     ranks, row_bytes = dist.get_world_size(group), width * 2
-    configs = (deep_ep.Buffer.get_dispatch_config(ranks), deep_ep.Buffer.get_combine_config(ranks))
+    try:
+        configs = (deep_ep.Buffer.get_dispatch_config(ranks), deep_ep.Buffer.get_combine_config(ranks))
+    except AssertionError as error:  # DeepEP's table holds 2, 4, 8, ... ranks
+        raise LayoutError("parallel.dispatch", "deepep", f"DeepEP refuses {ranks} ranks ({error})", fix) from error
     inside = max(config.get_nvl_buffer_size_hint(row_bytes, ranks) for config in configs)
     between = max(config.get_rdma_buffer_size_hint(row_bytes, ranks) for config in configs)
     return deep_ep.Buffer(group, inside, between)

@@ -27,6 +27,14 @@ from tests.support.tolerances import RELATIVE
 TOLERANCE = RELATIVE[torch.float64]
 
 DISPATCHERS = ("all_to_all", "all_gather", "deduplicated")
+PARALLEL: dict[str, dict[str, Any]] = {
+    "two_level, nodes of two": {"dispatch": "two_level", "ranks_per_node": 2},
+    "two_level in three parts": {"dispatch": "two_level", "ranks_per_node": 2, "overlap_chunks": 3},
+    "deduplicated in two parts": {"dispatch": "deduplicated", "overlap_chunks": 2},
+    "all_to_all in two parts": {"dispatch": "all_to_all", "overlap_chunks": 2},
+}
+# Of four ranks, with every entry above; three rows leave a rank without tokens.
+NODES_AND_PARTS = ((6, "micro-batches of one"), (6, "seven experts, five a token, capacity"), (3, "dropless"))
 TWO = ("all_to_all", "deduplicated")  # will do where a variant is about something else than rows
 
 # name: (moe options, other options)
@@ -57,7 +65,7 @@ def config_of(variant: str, rows: int, dispatch: str = "all_to_all"):
     moe, other = VARIANTS[variant]
     micro = other.get("micro", rows)
     train = {"global_batch_sequences": rows, "micro_batch_sequences": micro, "clip_norm": other.get("clip", 0.5)}
-    parallel = {"dispatch": dispatch}
+    parallel = PARALLEL.get(dispatch, {"dispatch": dispatch})
     model = other.get("model", {})
     return small_config({"balance_loss": 0.1, **moe}, train=train, model=model, parallel=parallel)
 
@@ -77,8 +85,9 @@ Case = tuple[int, int, str, str]  # expert degree, rows, variant, dispatcher
 
 def cases_of(degrees: list[int], rows_counts: list[int]) -> list[Case]:
     """Every dispatcher with every variant; where there is one rank a copy, nothing is exchanged and one of them will
-    do for most variants."""
-    return [
+    do for most variants. Four ranks also take nodes and parts."""
+    further = [(4, count, variant, name) for count, variant in NODES_AND_PARTS for name in PARALLEL]
+    return (further if 4 in degrees else []) + [
         (degree, count, variant, dispatch)
         for degree in degrees
         for count in rows_counts
