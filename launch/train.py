@@ -27,7 +27,7 @@ from moe_dist.optim import build_adamw
 from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.collectives import gather_objects
 from moe_dist.parallel.gradients import Gradients
-from moe_dist.parallel.mesh import Mesh, build_mesh, choose_layout
+from moe_dist.parallel.mesh import Mesh, build_mesh, choose_layout, ranks_of_node
 from moe_dist.runtime.process import Process
 from moe_dist.runtime.profiling import measure_gemm_peak
 from moe_dist.train.evaluate import HeldOut
@@ -50,7 +50,8 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     Raises:
         MoeDistError: What the user can act on.
     """
-    layout = choose_layout(config.parallel.expert, process.world_size, config.model.moe.num_experts)
+    node = ranks_of_node(config.parallel, os.environ)
+    layout = choose_layout(config.parallel.expert, process.world_size, config.model.moe.num_experts, node)
     mesh = build_mesh(layout, config.launch.timeout_seconds)
 
     batches = RankBatches(config, build_dir, process)
@@ -58,7 +59,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
 
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallelize(model, mesh, config.parallel.dispatch)
+    parallelize(model, mesh, config.parallel)
     initialise(model, config.seed, process.device, parameter_type(config))
     optimizer = build_adamw(model, config.optimizer)
     trainee = Trainee(config, mesh, model, Gradients(model, mesh), optimizer)

@@ -23,6 +23,7 @@ def broken_rules(config: Config) -> Iterator[ConfigError]:
     yield from _model_rules(config)
     yield from _moe_rules(config)
     yield from _expert_rules(config)
+    yield from _parallel_rules(config)
     yield from _precision_rules(config)
 
 
@@ -277,6 +278,31 @@ def _expert_rules(config: Config) -> Iterator[ConfigError]:
             config.parallel.overlap_chunks,
             "empty rows of model.moe.pad_to_capacity belong to no part of the tokens",
             "parallel.overlap_chunks=1, or model.moe.pad_to_capacity=false",
+        )
+
+
+def _parallel_rules(config: Config) -> Iterator[ConfigError]:
+    parallel = config.parallel
+    if parallel.ranks_per_node is not None and parallel.dispatch != "two_level":
+        yield ConfigError(
+            "parallel.ranks_per_node",
+            parallel.ranks_per_node,
+            f"only the two-level dispatcher knows nodes; parallel.dispatch is {parallel.dispatch}",
+            "parallel.ranks_per_node=null, or parallel.dispatch=two_level",
+        )
+    if parallel.dispatch == "deepep" and parallel.overlap_chunks > 1:
+        yield ConfigError(
+            "parallel.overlap_chunks",
+            parallel.overlap_chunks,
+            "exchanges of DeepEP are not overlapped",
+            "parallel.overlap_chunks=1, or parallel.dispatch=deduplicated",
+        )
+    if parallel.dispatch == "deepep" and config.train.precision != "bf16":
+        yield ConfigError(
+            "parallel.dispatch",
+            "deepep",
+            f"DeepEP carries tokens in bf16; train.precision is {config.train.precision}",
+            "train.precision=bf16, or parallel.dispatch=deduplicated",
         )
 
 

@@ -59,18 +59,30 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here: rows are gathered by expert and summed back by token."""
+    """All experts are here: rows are gathered by expert and summed back by token.
+
+    Gate weights multiply what experts return or, with `weigh_input`, what they receive.
+    """
+
+    def __init__(self, weigh_input: bool = False) -> None:
+        self.weigh_input = weigh_input
 
     def run(self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan, experts: ApplyExperts) -> tuple[Tensor, Journey]:
-        dispatched = self.dispatch(x_TD, plan)
-        y_RD = experts(dispatched.rows_RD, dispatched.counts_L)
-        return self.combine(y_RD, gate_TK, plan, dispatched), Journey(dispatched.rows_RD.shape[0])
+        rows_ND = gather_rows(x_TD, plan)
+        if self.weigh_input:
+            rows_ND, gate_TK = weigh_ahead(rows_ND, gate_TK, plan)
+        y_ND = experts(rows_ND, plan.rows_E.tolist())
+        return combine_rows(y_ND, gate_TK, plan), Journey(rows_ND.shape[0])
 
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> Dispatched:
-        return Dispatched(gather_rows(x_TD, plan), plan.rows_E.tolist())
 
-    def combine(self, y_RD: Tensor, gate_TK: Tensor, plan: RoutingPlan, dispatched: Dispatched) -> Tensor:
-        return combine_rows(y_RD, gate_TK, plan)
+def weigh_ahead(rows_ND: Tensor, gate_TK: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+    """Rows times their gate weights, and the weights that are left for the sum of results: ones."""
+    return weigh_rows(rows_ND, plan.of_rows(gate_TK)), torch.ones_like(gate_TK)
+
+
+def weigh_rows(rows_RD: Tensor, weight_R: Tensor) -> Tensor:
+    """`weight[r] * rows[r]`, multiplied in the wider of the two types, in the type of `rows_RD`."""
+    return (rows_RD * weight_R[:, None]).to(rows_RD.dtype)
 
 
 def gather_rows(x_TD: Tensor, plan: RoutingPlan) -> Tensor:

@@ -70,7 +70,7 @@ class MoELayer(nn.Module):
         self.shared_gate = nn.Linear(width, 1, bias=False) if gated else None
         self.latent_in = nn.Linear(width, latent, bias=False) if latent else None
         self.latent_out = nn.Linear(latent, width, bias=False) if latent else None
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher(config.weigh == "input")
         self.sum_over_ranks: Callable[[Tensor], Tensor] = _only_here
 
     def forward(

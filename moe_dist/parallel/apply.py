@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from moe_dist.config import ParallelConfig
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.expert import shard_experts, share_counts
 from moe_dist.parallel.mesh import Mesh
 
 
-def parallelize(model: Transformer, mesh: Mesh, dispatch: str = "all_to_all") -> None:
+def parallelize(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> None:
     """Turns a plain model on `meta` into this rank's part of the parallel one.
-
-    `dispatch` is the config's `parallel.dispatch`.
 
     Order: experts are cut and the exchange swapped in, then counts are shared. The caller initialises the weights by
     global name and hands the result to `Gradients`.
     """
-    shard_experts(model, mesh, dispatch)
+    shard_experts(model, mesh, parallel)
     share_counts(model, mesh)

@@ -44,6 +44,12 @@ def list_departures(plan: RoutingPlan, experts_by_rank: list[int]) -> Departures
     return Departures(owner_N, order_N, plan.slot_N[order_N], counts)
 
 
+def expert_of_rows(plan: RoutingPlan) -> Tensor:
+    """Expert of every row of a plan, int64 [N]."""
+    experts_E = torch.arange(plan.served_E.numel(), device=plan.served_E.device)
+    return experts_E.repeat_interleave(plan.served_E)
+
+
 def crossing_tokens(plan: RoutingPlan, owner_N: Tensor, ranks: int) -> Tensor:
     """Whether a token has a kept choice at a rank, bool [W, T]."""
     crosses_WT = torch.zeros(ranks, plan.row_TK.shape[0], dtype=torch.bool, device=plan.slot_N.device)
@@ -62,10 +68,8 @@ def encode_choices(plan: RoutingPlan, departures: Departures, experts_by_rank: l
     """
     held_W = torch.tensor(experts_by_rank, device=place_WT.device)
     first_W = held_W.cumsum(0) - held_W
-    experts_E = torch.arange(plan.served_E.numel(), device=place_WT.device)
-    expert_N = experts_E.repeat_interleave(plan.served_E)
     owner_N = departures.owner_N
-    code_N = place_WT[owner_N, plan.token_N] * held_W[owner_N] + expert_N - first_W[owner_N]
+    code_N = place_WT[owner_N, plan.token_N] * held_W[owner_N] + expert_of_rows(plan) - first_W[owner_N]
     return code_N[departures.order_N]
 
 

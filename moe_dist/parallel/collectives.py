@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,76 +10,107 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def all_to_all_rows(rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Sends `send[w]` neighbouring rows to each rank w of the group; differentiable.
+class Voyage:
+    """One uneven all-to-all from its start until it is waited for.
+
+    It holds on to the tensors that are read and filled in the background, which nothing else may do until then.
+
+    Args:
+        send: Rows for each rank of the group.
+        receive: Rows from each rank of the group, as they announced.
+        group: The ranks.
+    """
+
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
+        self.send, self.receive, self.group = send, receive, group
+        self._work: Any = None
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def start(self, rows_ND: Tensor) -> Tensor:
+        """Sends rows ordered by destination; returns where [R, D] will be, ordered by source."""
+        rows_ND = rows_ND.contiguous()
+        out_RD = rows_ND.new_empty(sum(self.receive), *rows_ND.shape[1:])
+        self._work = dist.all_to_all_single(out_RD, rows_ND, self.receive, self.send, group=self.group, async_op=True)
+        self._held = (out_RD, rows_ND)
+        return out_RD
+
+    def wait(self) -> Tensor:
+        """What was received. On NCCL the current stream waits, not the host."""
+        assert self._held is not None, "a voyage is started before it is waited for"
+        self._work.wait()
+        out_RD, _ = self._held
+        self._work = self._held = None
+        return out_RD
+
+
+@dataclass(frozen=True)
+class Underway:
+    """Rows that are being exchanged.
+
+    Attributes:
+        buffer_RD: Where they will be; `arrived_rows` says when.
+        out: The exchange itself.
+        back: That of their gradients, in the backward pass.
+    """
+
+    buffer_RD: Tensor
+    out: Voyage
+    back: Voyage
+
+
+def start_rows(rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Underway:
+    """Starts sending `send[w]` neighbouring rows to each rank w of the group; differentiable.
+
+    Forward and backward are the same pair of moves: the backward of waiting starts the exchange of gradients, the
+    backward of starting waits for it. What lies between start and wait in the forward pass therefore lies between them
+    in the backward pass too: autograd runs those nodes that are ready in falling order of their sequence numbers, so
+    the backward pass is the forward pass reversed, node by node. That also makes every rank enter the exchanges of a
+    backward pass in the same order, as long as all ranks enter those of the forward pass alike, empty ones included.
 
     Args:
         rows_ND: Rows ordered by destination.
         send: Rows for each rank of the group.
         receive: Rows from each rank of the group, as they announced.
-
-    Returns:
-        [R, D], ordered by source.
-    """
-    return _AllToAllRows.apply(rows_ND, send, receive, group)
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.way_back = (receive, send, group)
-        return _exchange(rows_ND, send, receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0], *ctx.way_back), None, None, None
-
-
-def _exchange(rows_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    out_RD = rows_ND.new_empty(sum(receive), *rows_ND.shape[1:])
-    dist.all_to_all_single(out_RD, rows_ND.contiguous(), receive, send, group=group)
-    return out_RD
-
-
-def all_gather_rows(x_TD: Tensor, tokens_W: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Everybody's rows, ordered by rank, on every rank, [sum of `tokens_W`, D]; differentiable.
-
-    Ranks may hold unequal numbers of rows, which `all_gather` of gloo refuses; so each rank sends its rows to every
-    other by an uneven all-to-all. The gradient of a row is the sum over the ranks, in their order.
-
-    Args:
-        x_TD: Rows of this rank.
-        tokens_W: Rows of each rank of the group, as they announced.
         group: The ranks.
     """
-    return _AllGatherRows.apply(x_TD, tokens_W, group)
+    out, back = Voyage(send, receive, group), Voyage(receive, send, group)
+    return Underway(_Start.apply(rows_ND, out, back), out, back)
 
 
-class _AllGatherRows(torch.autograd.Function):
+def arrived_rows(underway: Underway) -> Tensor:
+    """Waits; [R, D], ordered by source."""
+    return _Wait.apply(underway.buffer_RD, underway.out, underway.back)
+
+
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, tokens_W: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.way_back = (tokens_W, [x_TD.shape[0]] * len(tokens_W), group)
-        copies = x_TD.expand(len(tokens_W), *x_TD.shape).flatten(0, 1)
-        return _exchange(copies, [x_TD.shape[0]] * len(tokens_W), tokens_W, group)
+    def forward(ctx: Any, rows_ND: Tensor, out: Voyage, back: Voyage) -> Tensor:
+        ctx.back = back
+        return out.start(rows_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return sum_by_rank(_exchange(grads[0], *ctx.way_back), len(ctx.way_back[0])), None, None
+        return ctx.back.wait(), None, None
 
 
-def sum_by_rank(parts_WTD: Tensor, ranks: int) -> Tensor:
-    """Sums rows [ranks * T, D] over ranks, in their order and in fp32 or wider, to [T, D] of the same type."""
-    total_TD, *others = parts_WTD.chunk(ranks) if parts_WTD.shape[0] else [parts_WTD]
-    wide = torch.promote_types(parts_WTD.dtype, torch.float32)
-    total_TD = total_TD.to(wide)
-    for part_TD in others:
-        total_TD = total_TD + part_TD
-    return total_TD.to(parts_WTD.dtype)
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, buffer_RD: Tensor, out: Voyage, back: Voyage) -> Tensor:
+        ctx.back = back
+        return out.wait().detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.back.start(grads[0])
+        # Autograd wants a gradient of the buffer's shape; the real one is under way, and `_Start` does not read this.
+        return grads[0], None, None
 
 
 def exchange_integers(values: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     """Sends `send[w]` neighbouring integers to each rank w; returns those received, ordered by source."""
-    return _exchange(values, send, receive, group)
+    voyage = Voyage(send, receive, group)
+    voyage.start(values)
+    return voyage.wait()
 
 
 def exchange_counts(counts: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -5,12 +5,13 @@ expert group, L experts here.
 
 A row's way, on every rank at once:
 
-    1  gather     rows sorted by expert are also sorted by owner, as ranks own neighbouring experts
-    2  announce   each rank tells every other how many rows each expert gets (int64 [W, L])
-    3  exchange   uneven all-to-all; rows arrive ordered by source, then by expert
-    4  arrange    reorder to expert, then source: what the grouped product wants
-    5  experts
-    6  restore, exchange back, combine with the gate weights where the token lives
+    announce   each rank tells every other how many rows each expert gets (int64 [W, L])
+    launch     rows sorted by expert are also sorted by owner, as ranks own neighbouring experts; they go out by an
+               uneven all-to-all and arrive ordered by source, then by expert
+    arrive     reorder to expert, then source: what the grouped product wants
+               experts
+    send_back  restore the order of arrival; the same exchange reversed
+    collect    sum with the gate weights where the token lives
 """
 
 from __future__ import annotations
@@ -21,68 +22,78 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.moe.dispatch import ApplyExperts, Dispatched, Journey, combine_rows, gather_rows
+from moe_dist.moe.dispatch import Dispatched, combine_rows, gather_rows, weigh_ahead
 from moe_dist.moe.plan import RoutingPlan
-from moe_dist.parallel.collectives import all_to_all_rows, exchange_counts
+from moe_dist.parallel.collectives import arrived_rows, exchange_counts, start_rows
+from moe_dist.parallel.phases import Flight, PhasedDispatcher
 from moe_dist.parallel.wire import ItemBytes, Traffic, WireBytes, plain_bytes
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """The way back of one exchange.
+    """The way there and back of one exchange.
 
     Attributes:
-        sent: Rows that went to each rank of the group.
-        received: Rows that came from each.
+        plan: The plan.
+        traffic: Rows to and from each rank of the group; each goes out once for every choice.
+        counts_L: Rows of each expert here.
         source_order_R: For every arranged row, its place in order of arrival.
         arranged_order_R: The inverse.
     """
 
-    sent: list[int]
-    received: list[int]
+    plan: RoutingPlan
+    traffic: Traffic
+    counts_L: list[int]
     source_order_R: Tensor
     arranged_order_R: Tensor
 
 
-class AllToAllDispatcher:
-    """Brings every row to the rank that holds its expert, over one expert group."""
+class AllToAllDispatcher(PhasedDispatcher):
+    """Brings every row to the rank that holds its expert, over one expert group.
 
-    def __init__(self, group: dist.ProcessGroup, experts_by_rank: list[range]) -> None:
-        self.group = group
+    Args:
+        group: Ranks that own neighbouring experts.
+        experts_by_rank: Those of each.
+        weigh_input: Gate weights multiply what experts receive, not what they return.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, experts_by_rank: list[range], weigh_input: bool = False) -> None:
+        self.group, self.weigh_input = group, weigh_input
         self.sizes = [len(experts) for experts in experts_by_rank]
 
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> Dispatched:
-        counts_WL = exchange_counts(plan.served_E, self.sizes, self.group)
-        sent = [int(part.sum()) for part in plan.served_E.split(self.sizes)]
+    def announce(self, plan: RoutingPlan) -> Ticket:
+        counts_WL = exchange_counts(plan.rows_E, self.sizes, self.group)
+        sent = [int(part.sum()) for part in plan.rows_E.split(self.sizes)]
         received = counts_WL.sum(1).tolist()
+        traffic = Traffic(dist.get_rank(self.group), sent, received, sent, received)
         order_R = arrange_by_expert(counts_WL)
         inverse_R = torch.empty_like(order_R)
         inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-        arrived_RD = all_to_all_rows(gather_rows(x_TD, plan), sent, received, self.group)
-        ticket = Ticket(sent, received, order_R, inverse_R)
-        return Dispatched(_reorder(arrived_RD, order_R, inverse_R), counts_WL.sum(0).tolist(), ticket)
+        return Ticket(plan, traffic, counts_WL.sum(0).tolist(), order_R, inverse_R)
 
-    def combine(self, y_RD: Tensor, gate_TK: Tensor, plan: RoutingPlan, dispatched: Dispatched) -> Tensor:
-        ticket: Ticket = dispatched.ticket
+    def launch(self, x_TD: Tensor, gate_TK: Tensor, ticket: Ticket) -> Flight:
+        rows_ND, traffic = gather_rows(x_TD, ticket.plan), ticket.traffic
+        if self.weigh_input:
+            rows_ND, gate_TK = weigh_ahead(rows_ND, gate_TK, ticket.plan)
+        rows = start_rows(rows_ND, traffic.tokens_out, traffic.tokens_in, self.group)
+        return Flight(ticket, rows, gate_TK)
+
+    def arrive(self, flight: Flight) -> Dispatched:
+        ticket: Ticket = flight.ticket
+        rows_RD = _reorder(arrived_rows(flight.rows), ticket.source_order_R, ticket.arranged_order_R)
+        return Dispatched(rows_RD, ticket.counts_L, (ticket, flight.gates))
+
+    def send_back(self, y_RD: Tensor, dispatched: Dispatched) -> Flight:
+        ticket, gate_TK = dispatched.ticket
         leaving_RD = _reorder(y_RD, ticket.arranged_order_R, ticket.source_order_R)
-        y_ND = all_to_all_rows(leaving_RD, ticket.received, ticket.sent, self.group)
-        return combine_rows(y_ND, gate_TK, plan)
+        rows = start_rows(leaving_RD, ticket.traffic.tokens_in, ticket.traffic.tokens_out, self.group)
+        return Flight(ticket, rows, gate_TK)
 
-    def run(self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan, experts: ApplyExperts) -> tuple[Tensor, Journey]:
-        dispatched = self.dispatch(x_TD, plan)
-        y_RD = experts(dispatched.rows_RD, dispatched.counts_L)
-        item = ItemBytes.of(x_TD, y_RD, gate_TK)
-        journey = Journey(y_RD.shape[0], self.bytes_sent(dispatched, item).total)
-        return self.combine(y_RD, gate_TK, plan, dispatched), journey
+    def collect(self, flight: Flight) -> Tensor:
+        return combine_rows(arrived_rows(flight.rows), flight.gates, flight.ticket.plan)
 
-    def traffic(self, dispatched: Dispatched) -> Traffic:
-        """The counts of one exchange; a token's row goes out once for every choice."""
-        ticket: Ticket = dispatched.ticket
-        return Traffic(dist.get_rank(self.group), ticket.sent, ticket.received, ticket.sent, ticket.received)
-
-    def bytes_sent(self, dispatched: Dispatched, item: ItemBytes) -> WireBytes:
-        """Bytes that this rank sends to others in the forward pass."""
-        return plain_bytes(self.traffic(dispatched), self.sizes, item)
+    def bytes_sent(self, ticket: Ticket, item: ItemBytes) -> WireBytes:
+        return plain_bytes(ticket.traffic, self.sizes, item)
 
 
 def arrange_by_expert(counts_WL: Tensor) -> Tensor:

@@ -5,15 +5,16 @@ L experts here, M tokens received, R rows at the experts.
 
 On every rank at once:
 
-    1  announce   two counts for every rank: tokens and choices                          int64 [W, 2]
-    2  exchange   the choices, one integer each, and the tokens                          int64 [N], [., D]
-    3  fan out    each received token becomes a row for each of its experts here         [M, D] -> [R, D]
-    4  experts
-    5  fan in     the gate weights follow; rows times gates are summed by token          [R, D] -> [M, D]
-    6  exchange   one row for every received token goes home                             [M, D]
-    7  sum        over the ranks a token went to, in their order                         [., D] -> [T, D]
+    announce   two counts for every rank: tokens and choices                                    int64 [W, 2]
+               the choices themselves, one integer each                                         int64 [N]
+    launch     a token for every rank it goes to, a gate weight for every choice                [., D], [N]
+    arrive     each received token fans out to a row for each of its experts here               [M, D] -> [R, D]
+               experts
+    send_back  rows times gate weights fan in to one sum for each received token; it goes home  [R, D] -> [M, D]
+    collect    sums over the ranks a token went to, in their order                              [., D] -> [T, D]
 
-The gate's gradient is computed at step 5, where the expert's output lives, and travels back as step 5's weights came.
+The gate's gradient is computed where the expert's output lives (its input, where gates multiply that) and travels home
+as the gate came.
 """
 
 from __future__ import annotations
@@ -25,94 +26,92 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.moe.dispatch import ApplyExperts, Dispatched, Journey
+from moe_dist.moe.dispatch import Dispatched, weigh_rows
 from moe_dist.moe.plan import RoutingPlan
-from moe_dist.parallel.choices import Arrivals, Departures, arrange_arrivals, encode_choices
-from moe_dist.parallel.collectives import all_to_all_rows, exchange_integers
-from moe_dist.parallel.fan import Fan, fan_in, fan_out
+from moe_dist.parallel.choices import Arrivals, Departures, arrange_arrivals, encode_choices, list_departures
+from moe_dist.parallel.collectives import arrived_rows, exchange_integers, start_rows
+from moe_dist.parallel.fan import Fan, fan_in, fan_of_crossings, fan_out
+from moe_dist.parallel.phases import Flight, PhasedDispatcher
 from moe_dist.parallel.wire import ItemBytes, Traffic, WireBytes, token_bytes
 
 
 @dataclass(frozen=True)
 class TokenTicket:
-    """The way back of one exchange.
+    """The way there and back of one exchange.
 
     Attributes:
         traffic: Tokens and choices to and from each rank of the group.
         departures: This rank's choices, by owner.
+        home: From tokens to their crossings, ordered by rank, then token.
         arrivals: The rows here.
-        home: From tokens to their crossings (ordered by rank, then token), where not every token goes everywhere.
     """
 
     traffic: Traffic
     departures: Departures
+    home: Fan
     arrivals: Arrivals
-    home: Fan | None = None
 
 
-class TokenDispatcher(ABC):
-    """Brings tokens with their choices to ranks and one gate-weighted sum per token and rank home."""
+class TokenDispatcher(PhasedDispatcher, ABC):
+    """Brings tokens with their choices and gates to ranks, and one sum per token and rank home.
 
-    def __init__(self, group: dist.ProcessGroup, experts_by_rank: list[range]) -> None:
-        self.group = group
+    Args:
+        group: Ranks that own neighbouring experts.
+        experts_by_rank: Those of each.
+        weigh_input: Gate weights multiply what experts receive, not what they return.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, experts_by_rank: list[range], weigh_input: bool = False) -> None:
+        self.group, self.weigh_input = group, weigh_input
         self.sizes = [len(experts) for experts in experts_by_rank]
 
     @abstractmethod
-    def send(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, TokenTicket]:
-        """Announces and sends; returns the tokens received [M, D], by source, and the ticket."""
+    def crossings(self, plan: RoutingPlan, departures: Departures) -> Tensor:
+        """Whether a token goes to a rank, bool [W, T]; it does where it has a kept choice there."""
 
-    @abstractmethod
-    def sum_at_home(self, returned: Tensor, ticket: TokenTicket) -> Tensor:
-        """Sums what came back from the ranks, ordered by rank, to [T, D]."""
-
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> Dispatched:
-        tokens_MD, ticket = self.send(x_TD, plan)
-        return Dispatched(fan_out(tokens_MD, ticket.arrivals.fan), ticket.arrivals.counts_L, ticket)
-
-    def combine(self, y_RD: Tensor, gate_TK: Tensor, plan: RoutingPlan, dispatched: Dispatched) -> Tensor:
-        ticket: TokenTicket = dispatched.ticket
-        traffic = ticket.traffic
-        sums_MD = fan_in(y_RD, self.bring_gates(gate_TK, ticket), ticket.arrivals.fan)
-        returned = all_to_all_rows(sums_MD, traffic.tokens_in, traffic.tokens_out, self.group)
-        return self.sum_at_home(returned, ticket)
-
-    def bring_gates(self, gate_TK: Tensor, ticket: TokenTicket) -> Tensor:
-        """The gate weight of every row here, [R]; differentiable."""
-        gate_N1 = gate_TK.reshape(-1, 1).index_select(0, ticket.departures.slot_N)
-        traffic = ticket.traffic
-        arrived_R1 = all_to_all_rows(gate_N1, traffic.choices_out, traffic.choices_in, self.group)
-        return arrived_R1.squeeze(1).index_select(0, ticket.arrivals.order_R)
-
-    def announce(self, plan: RoutingPlan, departures: Departures, tokens: list[int], place_WT: Tensor) -> TokenTicket:
-        """Exchanges counts and choices.
-
-        Args:
-            plan: The plan.
-            departures: Its choices by owner.
-            tokens: Tokens that will go to each rank.
-            place_WT: Place of a token among those sent to a rank.
-        """
-        counts_W2 = torch.tensor([tokens, departures.counts], device=place_WT.device).T.reshape(-1)
+    def announce(self, plan: RoutingPlan) -> TokenTicket:
+        departures = list_departures(plan, self.sizes)
+        crosses_WT = self.crossings(plan, departures)
+        tokens = crosses_WT.sum(1).tolist()
+        counts_W2 = torch.tensor([tokens, departures.counts], device=crosses_WT.device).T.reshape(-1)
         two = [2] * len(self.sizes)
         received = exchange_integers(counts_W2, two, two, self.group).tolist()
         traffic = Traffic(dist.get_rank(self.group), tokens, received[0::2], departures.counts, received[1::2])
-        code_N = encode_choices(plan, departures, self.sizes, place_WT)
+        code_N = encode_choices(plan, departures, self.sizes, crosses_WT.cumsum(1) - 1)
         code_R = exchange_integers(code_N, traffic.choices_out, traffic.choices_in, self.group)
         arrivals = arrange_arrivals(code_R, traffic.tokens_in, traffic.choices_in, self.sizes[traffic.place])
-        return TokenTicket(traffic, departures, arrivals)
+        return TokenTicket(traffic, departures, fan_of_crossings(crosses_WT), arrivals)
 
-    def run(self, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan, experts: ApplyExperts) -> tuple[Tensor, Journey]:
-        dispatched = self.dispatch(x_TD, plan)
-        y_RD = experts(dispatched.rows_RD, dispatched.counts_L)
-        item = ItemBytes.of(x_TD, y_RD, gate_TK)
-        journey = Journey(y_RD.shape[0], self.bytes_sent(dispatched, item).total)
-        return self.combine(y_RD, gate_TK, plan, dispatched), journey
+    def launch(self, x_TD: Tensor, gate_TK: Tensor, ticket: TokenTicket) -> Flight:
+        traffic = ticket.traffic
+        gate_N = gate_TK.reshape(-1).index_select(0, ticket.departures.slot_N)
+        gates = start_rows(gate_N, traffic.choices_out, traffic.choices_in, self.group)
+        tokens = start_rows(fan_out(x_TD, ticket.home), traffic.tokens_out, traffic.tokens_in, self.group)
+        return Flight(ticket, tokens, gates)
 
-    def traffic(self, dispatched: Dispatched) -> Traffic:
-        """The counts of one exchange."""
-        ticket: TokenTicket = dispatched.ticket
-        return ticket.traffic
+    def arrive(self, flight: Flight) -> Dispatched:
+        ticket: TokenTicket = flight.ticket
+        gate_R, tokens_MD = self.gates_of_rows(flight), arrived_rows(flight.rows)
+        rows_RD = fan_out(tokens_MD, ticket.arrivals.fan)
+        if self.weigh_input:
+            return Dispatched(weigh_rows(rows_RD, gate_R), ticket.arrivals.counts_L, (ticket, None))
+        return Dispatched(rows_RD, ticket.arrivals.counts_L, (ticket, gate_R))
 
-    def bytes_sent(self, dispatched: Dispatched, item: ItemBytes) -> WireBytes:
-        """Bytes that this rank sends to others in the forward pass."""
-        return token_bytes(self.traffic(dispatched), item)
+    def gates_of_rows(self, flight: Flight) -> Tensor:
+        """The gate weight of every row here, [R]."""
+        return arrived_rows(flight.gates).index_select(0, flight.ticket.arrivals.order_R)
+
+    def send_back(self, y_RD: Tensor, dispatched: Dispatched) -> Flight:
+        ticket, gate_R = dispatched.ticket
+        return self.send_sums(fan_in(y_RD, gate_R, ticket.arrivals.fan), ticket)
+
+    def send_sums(self, sums_MD: Tensor, ticket: TokenTicket) -> Flight:
+        """Starts sending the sum of each received token home."""
+        traffic = ticket.traffic
+        return Flight(ticket, start_rows(sums_MD, traffic.tokens_in, traffic.tokens_out, self.group))
+
+    def collect(self, flight: Flight) -> Tensor:
+        return fan_in(arrived_rows(flight.rows), None, flight.ticket.home)
+
+    def bytes_sent(self, ticket: TokenTicket, item: ItemBytes) -> WireBytes:
+        return token_bytes(ticket.traffic, item)

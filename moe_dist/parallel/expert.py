@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from moe_dist.config import ModelConfig, ParallelConfig
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch import Dispatcher
 from moe_dist.moe.experts import Experts
@@ -13,31 +13,53 @@ from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.dispatch_all_gather import AllGatherDispatcher
 from moe_dist.parallel.dispatch_all_to_all import AllToAllDispatcher
 from moe_dist.parallel.dispatch_deduplicated import DeduplicatedDispatcher
+from moe_dist.parallel.dispatch_deepep import DeepEPDispatcher, open_buffer
+from moe_dist.parallel.dispatch_overlapped import OverlappedDispatcher
+from moe_dist.parallel.dispatch_two_level import TwoLevelDispatcher
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.phases import PhasedDispatcher
 
 
-def shard_experts(model: Transformer, mesh: Mesh, dispatch: str = "all_to_all") -> None:
-    """Leaves each layer the experts of this rank and swaps the dispatcher named `dispatch` in.
+def shard_experts(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> None:
+    """Leaves each layer the experts of this rank and swaps the dispatcher in; entered by all ranks.
 
-    The model is on `meta`; weights are filled afterwards by global name.
+    The model is on `meta`; weights are filled afterwards by global name. Layers share one dispatcher, which holds
+    nothing of a step.
     """
-    owners = [mesh.layout.experts_of(place) for place in range(mesh.layout.expert)]
+    dispatcher = build_dispatcher(mesh, parallel, model.config)
     for _, layer in model.moe_layers():
         with torch.device("meta"):
             layer.experts = Experts(model.config.width, layer.config, mesh.experts_here)
-        layer.dispatcher = build_dispatcher(dispatch, mesh.expert, owners)
+        layer.dispatcher = dispatcher
 
 
-def build_dispatcher(kind: str, group: dist.ProcessGroup, experts_by_rank: list[range]) -> Dispatcher:
-    """The dispatcher that `parallel.dispatch` names, over one expert group whose ranks own neighbouring experts."""
-    match kind:
+def build_dispatcher(mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> Dispatcher:
+    """The dispatcher that a config names, over this rank's expert group, whose ranks own neighbouring experts.
+
+    Raises:
+        LayoutError: The dispatcher cannot be had here.
+    """
+    owners = [mesh.layout.experts_of(place) for place in range(mesh.layout.expert)]
+    weigh_input = model.moe.weigh == "input"
+    if parallel.dispatch == "deepep":
+        width = model.moe.latent_width or model.width
+        return DeepEPDispatcher(open_buffer(mesh.expert, owners, width), weigh_input)
+    phases = _phases(mesh, parallel.dispatch, owners, weigh_input)
+    return phases if parallel.overlap_chunks == 1 else OverlappedDispatcher(phases, parallel.overlap_chunks)
+
+
+def _phases(mesh: Mesh, dispatch: str, owners: list[range], weigh_input: bool) -> PhasedDispatcher:
+    match dispatch:
         case "all_to_all":
-            return AllToAllDispatcher(group, experts_by_rank)
+            return AllToAllDispatcher(mesh.expert, owners, weigh_input)
         case "all_gather":
-            return AllGatherDispatcher(group, experts_by_rank)
+            return AllGatherDispatcher(mesh.expert, owners, weigh_input)
         case "deduplicated":
-            return DeduplicatedDispatcher(group, experts_by_rank)
-    raise AssertionError(f"parallel.dispatch={kind} passed the config but has no dispatcher")
+            return DeduplicatedDispatcher(mesh.expert, owners, weigh_input)
+        case "two_level":
+            assert mesh.rail is not None and mesh.node is not None, "a two-level layout has groups of nodes"
+            return TwoLevelDispatcher(mesh.rail, mesh.node, owners, weigh_input)
+    raise AssertionError(f"parallel.dispatch={dispatch} passed the config but has no dispatcher")
 
 
 def share_counts(model: Transformer, mesh: Mesh) -> None:

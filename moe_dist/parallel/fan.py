@@ -57,6 +57,12 @@ class Fan:
         return Fan(source_R, passes, place_M)
 
 
+def fan_of_crossings(crosses_WT: Tensor) -> Fan:
+    """From tokens to crossings (True of [W, T]), which stand by rank, then token; they are summed in order of rank."""
+    crossing_WT = crosses_WT.reshape(-1).cumsum(0).view_as(crosses_WT) - 1
+    return Fan.of(crosses_WT.sum(0), crossing_WT.T[crosses_WT.T])
+
+
 def fan_out(x_MD: Tensor, fan: Fan) -> Tensor:
     """`rows[r] = x[source_R[r]]`, [R, D]; differentiable."""
     return _FanOut.apply(x_MD, fan)

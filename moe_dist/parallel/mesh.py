@@ -12,10 +12,12 @@ stays inside a node where it can.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from moe_dist.config import ParallelConfig
 from moe_dist.errors import LayoutError
 
 
@@ -27,11 +29,13 @@ class Layout:
         ranks: Processes of the run.
         expert: Ranks that share one copy of the experts.
         num_experts: Routed experts of a layer.
+        ranks_per_node: Neighbouring ranks that share a node, where the dispatcher asks for it; divides `expert`.
     """
 
     ranks: int
     expert: int
     num_experts: int
+    ranks_per_node: int | None = None
 
     @property
     def expert_data(self) -> int:
@@ -46,21 +50,46 @@ class Layout:
         return f"{self.ranks} ranks: data {self.ranks}, expert {self.expert} x expert-data {self.expert_data}"
 
 
-def choose_layout(asked_expert: int | None, ranks: int, num_experts: int) -> Layout:
+def ranks_of_node(parallel: ParallelConfig, environment: Mapping[str, str]) -> int | None:
+    """Ranks that share a node, of the config or the launcher; None where the dispatcher does not ask.
+
+    Raises:
+        LayoutError: Neither says.
+    """
+    if parallel.dispatch != "two_level" or parallel.ranks_per_node is not None:
+        return parallel.ranks_per_node
+    launched = environment.get("LOCAL_WORLD_SIZE", "")
+    if not launched.isdecimal() or int(launched) < 1:
+        rule = (
+            f"two_level asks how many ranks share a node; LOCAL_WORLD_SIZE of the launcher is {launched or 'not set'}"
+        )
+        raise LayoutError("parallel.ranks_per_node", None, rule, "parallel.ranks_per_node=1 or more")
+    return int(launched)
+
+
+def choose_layout(asked_expert: int | None, ranks: int, num_experts: int, ranks_per_node: int | None = None) -> Layout:
     """Checks an expert degree, or chooses the largest divisor of the ranks that is not above the experts.
 
     Raises:
-        LayoutError: The degree does not divide the ranks or is above the number of experts.
+        LayoutError: The degree does not divide the ranks or is above the number of experts, or nodes would divide
+            an expert group unequally.
     """
     legal = [n for n in range(1, ranks + 1) if ranks % n == 0 and n <= num_experts]
-    if asked_expert is None:
-        return Layout(ranks, legal[-1], num_experts)
-    if asked_expert not in legal:
+    expert = legal[-1] if asked_expert is None else asked_expert
+    if expert not in legal:
         rule = f"must divide the {ranks} ranks and not exceed model.moe.num_experts ({num_experts})"
-        nearest = min(legal, key=lambda n: abs(n - asked_expert))
-        fix = f"parallel.expert={nearest} (legal here: {', '.join(map(str, legal))})"
-        raise LayoutError("parallel.expert", asked_expert, rule, fix)
-    return Layout(ranks, asked_expert, num_experts)
+        fix = f"parallel.expert={_nearest(legal, expert)} (legal here: {', '.join(map(str, legal))})"
+        raise LayoutError("parallel.expert", expert, rule, fix)
+    if ranks_per_node is not None and expert % ranks_per_node:
+        rule = f"must divide the {expert} ranks that share one copy of the experts, so that nodes cut them equally"
+        divisors = [n for n in range(1, expert + 1) if expert % n == 0]
+        fix = f"parallel.ranks_per_node={_nearest(divisors, ranks_per_node)}"
+        raise LayoutError("parallel.ranks_per_node", ranks_per_node, rule, fix)
+    return Layout(ranks, expert, num_experts, ranks_per_node)
+
+
+def _nearest(legal: list[int], asked: int) -> int:
+    return min(legal, key=lambda n: abs(n - asked))
 
 
 @dataclass(frozen=True)
@@ -73,6 +102,8 @@ class Mesh:
         world: Group of all ranks: data parallelism of the dense parameters.
         expert: Group that shares one copy of the experts.
         expert_data: Group of ranks that hold the same experts.
+        node: Ranks of the expert group on this node, where the layout knows nodes.
+        rail: Ranks of the expert group with this rank's place in their nodes, where the layout knows nodes.
     """
 
     layout: Layout
@@ -80,6 +111,8 @@ class Mesh:
     world: dist.ProcessGroup
     expert: dist.ProcessGroup
     expert_data: dist.ProcessGroup
+    node: dist.ProcessGroup | None = None
+    rail: dist.ProcessGroup | None = None
 
     @property
     def expert_place(self) -> int:
@@ -112,4 +145,22 @@ def build_mesh(layout: Layout, timeout_seconds: float) -> Mesh:
     same_experts = [[copy * layout.expert + place for copy in copies] for place in places]
     expert, _ = dist.new_subgroups_by_enumeration(one_copy, timeout=limit)
     expert_data, _ = dist.new_subgroups_by_enumeration(same_experts, timeout=limit)
-    return Mesh(layout, dist.get_rank(), world, expert, expert_data)
+    if layout.ranks_per_node is None:
+        return Mesh(layout, dist.get_rank(), world, expert, expert_data)
+    nodes, rails = node_groups(layout)
+    node, _ = dist.new_subgroups_by_enumeration(nodes, timeout=limit)
+    rail, _ = dist.new_subgroups_by_enumeration(rails, timeout=limit)
+    return Mesh(layout, dist.get_rank(), world, expert, expert_data, node, rail)
+
+
+def node_groups(layout: Layout) -> tuple[list[list[int]], list[list[int]]]:
+    """The ranks of every node, and those of the same place in the nodes of one expert group.
+
+    Example, 8 ranks in expert groups of 4 and nodes of 2: nodes 01 23 45 67, rails 02 13 46 57.
+    """
+    size = layout.ranks_per_node
+    assert size is not None, "only a layout that knows nodes has groups of them"
+    copies = range(0, layout.ranks, layout.expert)
+    nodes = [list(range(first, first + size)) for first in range(0, layout.ranks, size)]
+    rails = [list(range(copy + place, copy + layout.expert, size)) for copy in copies for place in range(size)]
+    return nodes, rails

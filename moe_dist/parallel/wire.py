@@ -28,6 +28,19 @@ class WireBytes:
 
 
 @dataclass(frozen=True)
+class TwoLevelBytes:
+    """Bytes sent to ranks of other nodes, and to other ranks of the own node."""
+
+    between: WireBytes
+    inside: WireBytes
+
+    @property
+    def total(self) -> int:
+        """Both levels, both ways."""
+        return self.between.total + self.inside.total
+
+
+@dataclass(frozen=True)
 class ItemBytes:
     """Sizes of what travels.
 
@@ -79,8 +92,14 @@ def token_bytes(traffic: Traffic, item: ItemBytes) -> WireBytes:
     a gate weight; two counts for every other rank."""
     counts = 2 * (len(traffic.tokens_out) - 1)
     choices = _elsewhere(traffic.choices_out, traffic.place)
-    dispatch = INTEGER_BYTES * (counts + choices) + item.token * _elsewhere(traffic.tokens_out, traffic.place)
-    return WireBytes(dispatch, item.gate * choices + item.result * _elsewhere(traffic.tokens_in, traffic.place))
+    rows = item.token * _elsewhere(traffic.tokens_out, traffic.place)
+    dispatch = INTEGER_BYTES * (counts + choices) + item.gate * choices + rows
+    return WireBytes(dispatch, item.result * _elsewhere(traffic.tokens_in, traffic.place))
+
+
+def two_level_bytes(outer: Traffic, inner: Traffic, item: ItemBytes) -> TwoLevelBytes:
+    """The same on each level: between a token's rank and gateways, and between a gateway and the ranks of its node."""
+    return TwoLevelBytes(token_bytes(outer, item), token_bytes(inner, item))
 
 
 def expected_share_of_plain(top_k: int, ranks: int, num_experts: int | None = None) -> float:

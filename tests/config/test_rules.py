@@ -180,6 +180,33 @@ BROKEN = [
         ),
     ),
     (
+        {"parallel": {"ranks_per_node": 2}},
+        (
+            "parallel.ranks_per_node",
+            2,
+            "parallel.dispatch is all_to_all",
+            "parallel.ranks_per_node=null, or parallel.dispatch=two_level",
+        ),
+    ),
+    (
+        {"parallel": {"dispatch": "deepep", "overlap_chunks": 2}, "train": {"precision": "bf16"}},
+        (
+            "parallel.overlap_chunks",
+            2,
+            "not overlapped",
+            "parallel.overlap_chunks=1, or parallel.dispatch=deduplicated",
+        ),
+    ),
+    (
+        {"parallel": {"dispatch": "deepep"}},
+        (
+            "parallel.dispatch",
+            "deepep",
+            "train.precision is fp32",
+            "train.precision=bf16, or parallel.dispatch=deduplicated",
+        ),
+    ),
+    (
         {"model": {"moe": {"backend": "grouped"}}, "train": {"precision": "fp64"}},
         ("model.moe.backend", "grouped", "has no fp64", "model.moe.backend=loop"),
     ),

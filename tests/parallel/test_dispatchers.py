@@ -5,50 +5,31 @@ Shape letters: T tokens of a rank, D model width, K experts per token, E experts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.moe.plan import RoutingPlan
+from moe_dist.config import ParallelConfig
 from moe_dist.parallel.choices import arrange_arrivals, crossing_tokens, encode_choices, list_departures
-from moe_dist.parallel.dispatch_deduplicated import fan_of_crossings
 from moe_dist.parallel.expert import build_dispatcher
-from moe_dist.parallel.fan import Fan, fan_in, fan_out
-from moe_dist.parallel.mesh import Layout
-from moe_dist.parallel.wire import ItemBytes, WireBytes, expected_share_of_plain
+from moe_dist.parallel.fan import Fan, fan_in, fan_of_crossings, fan_out
+from moe_dist.parallel.mesh import Layout, Mesh, build_mesh
+from moe_dist.parallel.phases import PhasedDispatcher
+from moe_dist.parallel.wire import WireBytes, expected_share_of_plain
 from tests.support.gang import run_gang
+from tests.support.hand_made import Case, inputs_of, plan_of, weights_of
+from tests.support.models import small_config
 from tests.support.tolerances import assert_close
 from tests.support.wire import Wire
 
-RANKS, WIDTH = 3, 5
+RANKS = 3
 DISPATCHERS = ("all_to_all", "all_gather", "deduplicated")
-
-
-@dataclass(frozen=True)
-class Case:
-    """Choices of every rank: tokens of each, how they choose, and what is kept of it."""
-
-    tokens: tuple[int, ...] = (6, 4, 9)
-    experts: int = 7  # over three ranks: 2, 2, 3
-    top_k: int = 3
-    only: tuple[int, ...] = ()  # the experts that are chosen from; all where empty
-    kept: float = 1.0  # share of the choices that are kept
-    padded_rank: int | None = None  # a rank of padding only
-    dtype: torch.dtype = torch.float64
-    experts_dtype: torch.dtype | None = None  # of the experts' products and output, where it is another
-
-    @property
-    def item(self) -> ItemBytes:
-        """Bytes of what travels."""
-        result = self.experts_dtype or self.dtype
-        return ItemBytes(WIDTH * self.dtype.itemsize, WIDTH * result.itemsize, self.dtype.itemsize)
 
 
 CASES = {
@@ -69,44 +50,6 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What one rank starts from: tokens, gates, choices, those kept, and a slope for the output."""
-
-    x_TD: Tensor
-    gate_TK: Tensor
-    expert_TK: Tensor
-    kept_TK: Tensor
-    slope_TD: Tensor
-
-
-def inputs_of(case: Case, rank: int) -> Inputs:
-    draw = torch.Generator().manual_seed(rank)
-    tokens = case.tokens[rank]
-    among = torch.tensor(case.only or tuple(range(case.experts)))
-    expert_TK = among[torch.rand(tokens, len(among), generator=draw).argsort(1)[:, : case.top_k]]
-    kept_TK = torch.rand(tokens, case.top_k, generator=draw) < (0.0 if rank == case.padded_rank else case.kept)
-    values = [torch.randn(tokens, n, generator=draw).to(case.dtype) for n in (WIDTH, case.top_k, WIDTH)]
-    return Inputs(values[0], values[1], expert_TK, kept_TK, values[2])
-
-
-def weights_of(case: Case) -> Tensor:
-    draw = torch.Generator().manual_seed(99)
-    return torch.randn(case.experts, WIDTH, WIDTH, generator=draw).to(case.dtype)
-
-
-def plan_of(expert_TK: Tensor, kept_TK: Tensor, experts: int) -> RoutingPlan:
-    """The plan with exactly these choices kept, made the slow way."""
-    kept, chosen = kept_TK.flatten().tolist(), expert_TK.flatten().tolist()
-    slots = [s for e in range(experts) for s, (k, c) in enumerate(zip(kept, chosen, strict=True)) if k and c == e]
-    slot_N = torch.tensor(slots, dtype=torch.int64)
-    row_TK = torch.zeros_like(expert_TK)
-    row_TK.view(-1)[slot_N] = torch.arange(len(slots))
-    served_E = torch.bincount(expert_TK[kept_TK], minlength=experts)
-    demand_E = torch.bincount(expert_TK.flatten(), minlength=experts)
-    return RoutingPlan(slot_N, row_TK, kept_TK, demand_E, served_E)
-
-
 def expected_of(case: Case) -> tuple[list[dict[str, Tensor]], Tensor]:
     """Output and gradients of every rank, and the gradient of every expert, token by token in one process."""
     weights = weights_of(case).requires_grad_()
@@ -122,22 +65,25 @@ def expected_of(case: Case) -> tuple[list[dict[str, Tensor]], Tensor]:
     return found, weights.grad
 
 
-def one_pass(rank: int, case: Case, dispatch: str) -> dict[str, Any]:
+def one_pass(rank: int, case: Case, dispatch: str, mesh: Mesh) -> dict[str, Any]:
     """Forward and backward of one dispatcher around simple experts, with the bytes of each part."""
-    owners = [Layout(RANKS, RANKS, case.experts).experts_of(place) for place in range(RANKS)]
-    dispatcher = build_dispatcher(dispatch, dist.group.WORLD, owners)
-    given = inputs_of(case, rank)
+    layout = Layout(RANKS, RANKS, case.experts)
+    model = small_config({"num_experts": case.experts, "top_k": 1, "normalize_gates": False}).model
+    dispatcher = build_dispatcher(replace(mesh, layout=layout), ParallelConfig(dispatch=dispatch), model)
+    assert isinstance(dispatcher, PhasedDispatcher)
+    given, own = inputs_of(case, rank), layout.experts_of(rank)
     x_TD, gate_TK = given.x_TD.requires_grad_(), given.gate_TK.requires_grad_()
-    weights_LDD = weights_of(case)[owners[rank].start : owners[rank].stop].requires_grad_()
+    weights_LDD = weights_of(case)[own.start : own.stop].requires_grad_()
     plan = plan_of(given.expert_TK, given.kept_TK, case.experts)
-    with Wire(rank).tapped() as wire:
-        dispatched = dispatcher.dispatch(x_TD, plan)
+    with Wire().tapped() as wire:
+        ticket = dispatcher.announce(plan)
+        dispatched = dispatcher.arrive(dispatcher.launch(x_TD, gate_TK, ticket))
         on_the_way = wire.taken()
         narrow = case.experts_dtype or case.dtype
         inputs = dispatched.rows_RD.to(narrow).split(dispatched.counts_L)
         parts = zip(inputs, weights_LDD.to(narrow), strict=True)
         y_RD = torch.cat([(rows @ weight).tanh() for rows, weight in parts])
-        out_TD = dispatcher.combine(y_RD, gate_TK, plan, dispatched)
+        out_TD = dispatcher.collect(dispatcher.send_back(y_RD, dispatched))
         sent = WireBytes(on_the_way, wire.taken())
         (out_TD * given.slope_TD).sum().backward()
     return {
@@ -146,13 +92,15 @@ def one_pass(rank: int, case: Case, dispatch: str) -> dict[str, Any]:
         "rows": dispatched.rows_RD.detach(),
         "sent": sent,
         "sent_backward": wire.taken(),
-        "formula": dispatcher.bytes_sent(dispatched, case.item),
-        "traffic": dispatcher.traffic(dispatched),
+        "formula": dispatcher.bytes_sent(ticket, case.item),
+        "traffic": ticket.traffic,
     }
 
 
 def all_passes(rank: int) -> dict[Any, dict[str, Any]]:
-    return {(n, d, go): one_pass(rank, case, d) for n, case in CASES.items() for d in DISPATCHERS for go in (0, 1)}
+    mesh = build_mesh(Layout(RANKS, RANKS, RANKS), timeout_seconds=60)
+    keys = [(name, dispatch, go) for name in CASES for dispatch in DISPATCHERS for go in (0, 1)]
+    return {(name, dispatch, go): one_pass(rank, CASES[name], dispatch, mesh) for name, dispatch, go in keys}
 
 
 @cache
@@ -222,7 +170,7 @@ def counted_bytes(case: Case, rank: int, dispatch: str) -> WireBytes:
     else:
         there = sum(len(tokens.get((rank, w), ())) for w in others)
         back = sum(len(tokens.get((w, rank), ())) for w in others)
-    return WireBytes(16 * len(others) + 8 * sent + item.token * there, item.gate * sent + item.result * back)
+    return WireBytes(16 * len(others) + (8 + item.gate) * sent + item.token * there, item.result * back)
 
 
 def test_deduplicated_sends_one_row_where_all_experts_of_a_token_live_on_one_rank():

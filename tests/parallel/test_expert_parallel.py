@@ -15,9 +15,9 @@ from moe_dist.parallel import dispatch_all_to_all, dispatch_by_token
 from moe_dist.parallel import fan as fan_module
 from moe_dist.parallel import gradients as gradients_module
 from moe_dist.parallel.choices import Arrivals, arrange_arrivals
+from moe_dist.parallel.collectives import arrived_rows
 from moe_dist.parallel.dispatch_all_to_all import arrange_by_expert
 from moe_dist.parallel.dispatch_by_token import TokenDispatcher
-from moe_dist.parallel.dispatch_deduplicated import DeduplicatedDispatcher
 from moe_dist.parallel.fan import Fan, fan_in
 from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
@@ -27,6 +27,14 @@ from tests.support.tolerances import RELATIVE
 TOLERANCE = RELATIVE[torch.float64]
 
 DISPATCHERS = ("all_to_all", "all_gather", "deduplicated")
+PARALLEL: dict[str, dict[str, Any]] = {
+    "two_level, nodes of two": {"dispatch": "two_level", "ranks_per_node": 2},
+    "two_level in three parts": {"dispatch": "two_level", "ranks_per_node": 2, "overlap_chunks": 3},
+    "deduplicated in two parts": {"dispatch": "deduplicated", "overlap_chunks": 2},
+    "all_to_all in two parts": {"dispatch": "all_to_all", "overlap_chunks": 2},
+}
+# Of four ranks, with every entry above; three rows leave a rank without tokens.
+NODES_AND_PARTS = ((6, "micro-batches of one"), (6, "seven experts, five a token, capacity"), (3, "dropless"))
 TWO = ("all_to_all", "deduplicated")  # will do where a variant is about something else than rows
 
 # name: (moe options, other options)
@@ -57,7 +65,7 @@ def config_of(variant: str, rows: int, dispatch: str = "all_to_all"):
     moe, other = VARIANTS[variant]
     micro = other.get("micro", rows)
     train = {"global_batch_sequences": rows, "micro_batch_sequences": micro, "clip_norm": other.get("clip", 0.5)}
-    parallel = {"dispatch": dispatch}
+    parallel = PARALLEL.get(dispatch, {"dispatch": dispatch})
     model = other.get("model", {})
     return small_config({"balance_loss": 0.1, **moe}, train=train, model=model, parallel=parallel)
 
@@ -77,8 +85,9 @@ Case = tuple[int, int, str, str]  # expert degree, rows, variant, dispatcher
 
 def cases_of(degrees: list[int], rows_counts: list[int]) -> list[Case]:
     """Every dispatcher with every variant; where there is one rank a copy, nothing is exchanged and one of them will
-    do for most variants."""
-    return [
+    do for most variants. Four ranks also take nodes and parts."""
+    further = [(4, count, variant, name) for count, variant in NODES_AND_PARTS for name in PARALLEL]
+    return (further if 4 in degrees else []) + [
         (degree, count, variant, dispatch)
         for degree in degrees
         for count in rows_counts
@@ -214,17 +223,17 @@ def planted_by_token(rank: int) -> dict[str, StepProof]:
     """Steps of four ranks in two expert copies, tokens de-duplicated, with one mistake each."""
     config = config_of("seven experts, five a token, capacity", 6, "deduplicated")
     parts = cut(random_rows(6), 4)
-    bring_gates = TokenDispatcher.bring_gates
+    gates_of_rows = TokenDispatcher.gates_of_rows
     bugs = {
-        "none": mock.patch.object(TokenDispatcher, "bring_gates", bring_gates),
+        "none": mock.patch.object(TokenDispatcher, "gates_of_rows", gates_of_rows),
         "gate applied twice": mock.patch.object(
-            TokenDispatcher, "bring_gates", lambda *given: bring_gates(*given).square()
+            TokenDispatcher, "gates_of_rows", lambda *given: gates_of_rows(*given).square()
         ),
         "gradient of the gates dropped": mock.patch.object(
-            TokenDispatcher, "bring_gates", lambda *given: bring_gates(*given).detach()
+            TokenDispatcher, "gates_of_rows", lambda *given: gates_of_rows(*given).detach()
         ),
-        "gates in order of arrival": mock.patch.object(TokenDispatcher, "bring_gates", _gates_unsorted),
-        "sum over ranks misses the last": mock.patch.object(DeduplicatedDispatcher, "sum_at_home", _sum_without_last),
+        "gates in order of arrival": mock.patch.object(TokenDispatcher, "gates_of_rows", _gates_unsorted),
+        "sum over ranks misses the last": mock.patch.object(TokenDispatcher, "collect", _sum_without_last),
         "rows left in order of arrival": mock.patch.object(dispatch_by_token, "arrange_arrivals", _arrivals_unsorted),
         "gradient of a token from one expert of a rank": mock.patch.object(
             fan_module._FanOut, "backward", staticmethod(_gradient_of_first_row)
@@ -237,16 +246,13 @@ def planted_by_token(rank: int) -> dict[str, StepProof]:
     return found
 
 
-def _gates_unsorted(self: Any, gate_TK: Tensor, ticket: Any) -> Tensor:
-    gate_N1 = gate_TK.reshape(-1, 1).index_select(0, ticket.departures.slot_N)
-    traffic = ticket.traffic
-    exchange = dispatch_by_token.all_to_all_rows
-    return exchange(gate_N1, traffic.choices_out, traffic.choices_in, self.group).squeeze(1)
+def _gates_unsorted(self: Any, flight: Any) -> Tensor:
+    return arrived_rows(flight.gates)
 
 
-def _sum_without_last(self: Any, returned: Tensor, ticket: Any) -> Tensor:
-    home = ticket.home
-    return fan_in(returned, None, Fan(home.source_R, home.passes[:-1], home.place_M))
+def _sum_without_last(self: Any, flight: Any) -> Tensor:
+    home = flight.ticket.home
+    return fan_in(arrived_rows(flight.rows), None, Fan(home.source_R, home.passes[:-1], home.place_M))
 
 
 def _arrivals_unsorted(*given: Any) -> Arrivals:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_dist.config import ParallelConfig
 from moe_dist.errors import LayoutError
-from moe_dist.parallel.mesh import choose_layout
+from moe_dist.parallel.mesh import Layout, choose_layout, node_groups, ranks_of_node
 
 
 @given(ranks=st.integers(1, 64), experts=st.integers(2, 64))
@@ -36,3 +37,28 @@ def test_layout_illegal_degree_names_the_nearest_legal_one(asked, nearest):
     assert caught.value.where == "parallel.expert" and caught.value.value == asked
     assert nearest in caught.value.fix
     assert caught.value.exit_code == 2
+
+
+def test_nodes_and_rails_stay_inside_expert_groups():
+    nodes, rails = node_groups(Layout(8, 4, 8, ranks_per_node=2))
+    assert nodes == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert rails == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+@pytest.mark.parametrize(("asked", "nearest"), [(3, 2), (8, 4), (5, 4)])
+def test_layout_nodes_that_cut_an_expert_group_unequally_name_the_nearest_that_do_not(asked, nearest):
+    with pytest.raises(LayoutError) as caught:
+        choose_layout(4, 8, 8, ranks_per_node=asked)
+    assert caught.value.where == "parallel.ranks_per_node" and caught.value.value == asked
+    assert caught.value.fix == f"parallel.ranks_per_node={nearest}"
+
+
+def test_ranks_of_a_node_come_from_the_config_then_the_launcher():
+    two_level = ParallelConfig(dispatch="two_level")
+    assert ranks_of_node(ParallelConfig(), {"LOCAL_WORLD_SIZE": "8"}) is None
+    assert ranks_of_node(two_level, {"LOCAL_WORLD_SIZE": "8"}) == 8
+    assert ranks_of_node(ParallelConfig(dispatch="two_level", ranks_per_node=2), {"LOCAL_WORLD_SIZE": "8"}) == 2
+    for environment, shown in (({}, "not set"), ({"LOCAL_WORLD_SIZE": "many"}, "many")):
+        with pytest.raises(LayoutError) as caught:
+            ranks_of_node(two_level, environment)
+        assert caught.value.where == "parallel.ranks_per_node" and caught.value.rule.endswith(shown)
