@@ -58,6 +58,55 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "seven experts, five a token, capacity": ({"num_experts": 7, "top_k": 5, "capacity_factor": 0.9}, {}),
     "two experts": ({"num_experts": 2, "top_k": 2}, {}),
     "every expert": ({"top_k": 8}, {}),
+    "switch, capacity choice-major": (
+        {
+            "router": "switch",
+            "top_k": 1,
+            "normalize_gates": False,
+            "capacity_factor": 1.0,
+            "drop_policy": "position_choice_major",
+        },
+        {},
+    ),
+    "gshard, capacity": ({"router": "gshard", "capacity_factor": 1.0, "drop_policy": "position_choice_major"}, {}),
+    "noisy with jitter, weighed ahead": ({"router": "noisy_topk", "input_jitter": 0.1, "weigh": "input"}, {}),
+    "sigmoid with groups and bias, gelu in a latent space": (
+        {
+            "router": "sigmoid_topk",
+            "num_groups": 4,
+            "groups_per_token": 2,
+            "selection_bias": True,
+            "activation": "gelu",
+            "latent_width": 6,
+            "shared_expert_gate": True,
+        },
+        {},
+    ),
+    "expert choice, capacity": (
+        {
+            "router": "expert_choice",
+            "normalize_gates": False,
+            "balance_loss": 0.0,
+            "capacity_factor": 1.0,
+            "capacity_factor_eval": 1.0,
+        },
+        {"prompts": []},
+    ),
+    "hash, relu, projections again": (
+        {
+            "router": "hash",
+            "balance_loss": 0.0,
+            "z_loss": 0.0,
+            "activation": "relu",
+            "recompute_experts": "projections",
+        },
+        {},
+    ),
+    "padded to its capacity": (
+        {"capacity_factor": 1.0, "capacity_factor_eval": 1.0, "pad_to_capacity": True, "backend": "batched"},
+        {"dispatch": ("all_to_all",)},
+    ),
+    "plain experts by autograd": ({"backend": "reference", "recompute_experts": "nothing"}, {"dispatch": TWO}),
 }
 
 
@@ -67,7 +116,9 @@ def config_of(variant: str, rows: int, dispatch: str = "all_to_all"):
     train = {"global_batch_sequences": rows, "micro_batch_sequences": micro, "clip_norm": other.get("clip", 0.5)}
     parallel = PARALLEL.get(dispatch, {"dispatch": dispatch})
     model = other.get("model", {})
-    return small_config({"balance_loss": 0.1, **moe}, train=train, model=model, parallel=parallel)
+    generate = {"prompts": other["prompts"]} if "prompts" in other else {}
+    options = {"balance_loss": 0.1, **moe}
+    return small_config(options, train=train, model=model, parallel=parallel, generate=generate)
 
 
 def cut(rows: Tensor, ranks: int) -> list[Tensor]:
