@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from moe_dist.model.norm import RMSNorm
 from moe_dist.model.rope import rope_table
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
+from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
 
 
@@ -28,7 +29,11 @@ class Transformer(nn.Module):
         self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(
-        self, tokens_BS: Tensor, counted_BS: Tensor | None = None, draw: Draw | None = None
+        self,
+        tokens_BS: Tensor,
+        counted_BS: Tensor | None = None,
+        draw: Draw | None = None,
+        replay: Mapping[int, Choices] | None = None,
     ) -> tuple[Tensor, list[MoERecord]]:
         """Runs the blocks.
 
@@ -36,13 +41,14 @@ class Transformer(nn.Module):
             tokens_BS: Token ids.
             counted_BS: False for padding tokens, which no routed expert sees; None where every token counts.
             draw: Names the random numbers of routers that draw some in training; None outside training.
+            replay: Choices to be followed, by number of the block; see `RoutingContext`.
 
         Returns:
             The normed final hidden state [B, S, D] and the record of every mixture-of-experts layer in order.
         """
         x_BSD = self.embedding(tokens_BS)
         table = rope_table(tokens_BS.shape[1], self.config.head_width, self.config.rope_theta, x_BSD)
-        context = RoutingContext(tokens_BS, draw)
+        context = RoutingContext(tokens_BS, draw, replay=replay)
         records = []
         for block in self.blocks:
             x_BSD, record = block(x_BSD, table, counted_BS, context)

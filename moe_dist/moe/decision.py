@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
 
 
@@ -22,11 +23,25 @@ class RoutingContext:
         draw: Names the random numbers of this forward; None outside training, where nothing is drawn.
         demand: Assignments of the whole global batch to each expert, int64 [E] by number of the block, where they are
             known before the forward (count-first balance); None where the layer asks for them.
+        replay: Choices that are followed instead of choosing, by number of the block; they cover at least the tokens of
+            this forward. A block that is not there, or all where it is None, chooses.
     """
 
     token_BS: Tensor
     draw: Draw | None = None
     demand: Mapping[int, Tensor] | None = None
+    replay: Mapping[int, Choices] | None = None
+
+    @property
+    def first_position(self) -> int:
+        """Position of the first token in the global batch; 0 outside training."""
+        return 0 if self.draw is None else self.draw.first_row * self.token_BS.shape[1]
+
+    def followed(self, block: int) -> Choices | None:
+        """The choices that a block is to follow for the tokens of this forward, or None where it chooses."""
+        if self.replay is None or block not in self.replay:
+            return None
+        return self.replay[block].part(self.first_position, self.token_BS.numel())
 
 
 @dataclass(frozen=True)

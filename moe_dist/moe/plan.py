@@ -112,13 +112,10 @@ def make_plan(
     batch, length, num_experts = shape
     expert_slots = expert_TK.reshape(-1)
     top_k = expert_TK.shape[1]
-    kept_slots = torch.ones_like(expert_slots, dtype=torch.bool)
+    kept_slots = _asking_slots(expert_TK, counted_BS, asks_TK)
     tokens_B = torch.full((batch,), length, device=expert_TK.device)
     if counted_BS is not None:
-        kept_slots = counted_BS.reshape(-1, 1).expand(-1, top_k).reshape(-1)
         tokens_B = counted_BS.sum(1)
-    if asks_TK is not None:
-        kept_slots = kept_slots & asks_TK.reshape(-1)
     demand_E = torch.bincount(expert_slots[kept_slots], minlength=num_experts)
     served_E = demand_E
     if capacity is not None:
@@ -129,6 +126,26 @@ def make_plan(
         kept_slots = kept_slots & (place < limit_B[sequence_slots])
         served_E = torch.bincount(expert_slots[kept_slots], minlength=num_experts)
     return _rows(expert_TK, kept_slots, demand_E, served_E)
+
+
+def follow_plan(
+    expert_TK: Tensor, kept_TK: Tensor, counted_BS: Tensor | None, num_experts: int, asks_TK: Tensor | None = None
+) -> RoutingPlan:
+    """The plan of choices of which it is known already which were kept; arguments as in `make_plan`."""
+    asking_slots = _asking_slots(expert_TK, counted_BS, asks_TK)
+    kept_slots = asking_slots & kept_TK.reshape(-1)
+    demand_E, served_E = (
+        torch.bincount(expert_TK.reshape(-1)[slots], minlength=num_experts) for slots in (asking_slots, kept_slots)
+    )
+    return _rows(expert_TK, kept_slots, demand_E, served_E)
+
+
+def _asking_slots(expert_TK: Tensor, counted_BS: Tensor | None, asks_TK: Tensor | None) -> Tensor:
+    """Whether each slot is a demand: its token is counted and its choice carried out."""
+    asking_TK = torch.ones_like(expert_TK, dtype=torch.bool)
+    if counted_BS is not None:
+        asking_TK = asking_TK & counted_BS.reshape(-1, 1)
+    return (asking_TK if asks_TK is None else asking_TK & asks_TK).reshape(-1)
 
 
 def _rows(expert_TK: Tensor, kept_slots: Tensor, demand_E: Tensor, served_E: Tensor) -> RoutingPlan:

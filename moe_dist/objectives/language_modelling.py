@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from moe_dist.config import MoEConfig
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoERecord
+from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
 
 
@@ -35,15 +37,18 @@ class LossSums:
         return self.cross_entropy + config.balance_loss * self.balance + config.z_loss * self.z
 
 
-def language_modelling_sums(model: Transformer, rows: Tensor, draw: Draw | None = None) -> LossSums:
+def language_modelling_sums(
+    model: Transformer, rows: Tensor, draw: Draw | None = None, replay: Mapping[int, Choices] | None = None
+) -> LossSums:
     """Runs a micro-batch.
 
     Args:
         model: The decoder.
         rows: Token ids int64 [B, S+1]; the first S are inputs, the last S are targets; B may be 0.
         draw: Names the random numbers of routers that draw some.
+        replay: Choices to be followed, by number of the block.
     """
-    hidden_BSD, records = model(rows[:, :-1], draw=draw)
+    hidden_BSD, records = model(rows[:, :-1], draw=draw, replay=replay)
     nats_T = token_nats(model, hidden_BSD, rows[:, 1:])
     nothing = nats_T.new_zeros(())
     balance = torch.stack([record.balance_sum for record in records]).sum() if records else nothing
