@@ -20,17 +20,22 @@ from moe_dist.optim import learning_rate, set_learning_rate
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.routing_ledger import Place, RoutingLedger
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a step works on: the model as cut for this rank, its gradients and its optimizer."""
+    """What a step works on: the model as cut for this rank, its gradients and its optimizer.
+
+    `ledger` records or prescribes the routing; None does neither.
+    """
 
     config: Config
     mesh: Mesh
     model: Transformer
     gradients: Gradients
     optimizer: torch.optim.Optimizer
+    ledger: RoutingLedger | None = None
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,27 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
 
     Raises:
         TrainingFault: The gradient is not finite; on every rank alike, before any weight changes.
+        LedgerError: The routing to be followed is of another batch, or the routing cannot be recorded.
     """
     config = trainee.config
     trainee.model.train()
     trainee.optimizer.zero_grad(set_to_none=True)
     first_row, rows_everywhere = _place_in_batch(rows, trainee.mesh)
-    counted = rows_everywhere * rows[:, 1:].shape[1]
+    length = rows[:, 1:].shape[1]
+    counted = rows_everywhere * length
+    ledger, place = trainee.ledger, Place(step, first_row, rows_everywhere)
+    replay = ledger.open_step(rows, place) if ledger else None
     tally = _Tally(trainee, stop_asked)
     for micro_batch in micro_batches(rows, config, trainee.mesh.layout.ranks):
         with autocast(config, rows.device):
-            sums = language_modelling_sums(trainee.model, micro_batch, Draw(config.seed, step, first_row))
+            sums = language_modelling_sums(trainee.model, micro_batch, Draw(config.seed, step, first_row), replay)
+        if ledger:
+            ledger.keep(sums.records, first_row, length)
         first_row += len(micro_batch)
         (sums.total(config.model.moe) / counted).backward()
         tally.add(sums)
+    if ledger:
+        ledger.close_step(rows, place)
     trainee.gradients.reduce()
     grad_norm = float(trainee.gradients.clip(config.train.clip_norm))
     figures = tally.figures(counted, grad_norm, learning_rate(step, config.train.steps, config.optimizer))

@@ -131,6 +131,10 @@ BROKEN = [
         {"model": {"moe": {"backend": "grouped"}}, "train": {"precision": "fp64"}},
         ("model.moe.backend", "grouped", "has no fp64", "model.moe.backend=loop"),
     ),
+    (
+        {"run": {"dir": "r"}, "train": {"routing_ledger": "record", "routing_replay": "r/routing"}},
+        ("train.routing_ledger", "record", "overwrite the ledger", "train.routing_ledger=off, or another run.dir"),
+    ),
 ]
 
 
@@ -188,6 +192,7 @@ def test_rules_defaults_keep_them_all() -> None:
         hashed(capacity_factor=1.0, drop_policy="position_choice_major"),
         {"model": {"num_layers": 2, "num_dense_layers": 2}},
         {"model": {"moe": {"balance_scope": "global"}}},
+        {"run": {"dir": "r"}, "train": {"routing_ledger": "record", "routing_replay": "r/old"}},
         {"model": {"moe": {"balance_scope": "global", "balance_loss": 0.0}}, "train": {"micro_batch_sequences": 1}},
     ],
 )
