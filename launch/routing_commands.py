@@ -111,17 +111,21 @@ def replay(
 
     Example: moe-dist routing replay runs/routing-1 configs/demo.yaml --ranks 2
     """
-    from moe_dist.train.routing_ledger import find_ledger, read_page, recorded_steps
+    from moe_dist.train.routing_ledger import SHAPE, check_header, find_ledger, read_page, recorded_steps, run_header
 
     folder = find_ledger(ledger)
     steps = list(recorded_steps(folder))
     if steps != list(range(1, len(steps) + 1)):
         fix = "train with train.routing_replay in the run's own directory, which continues from a checkpoint"
         raise LedgerError(str(folder), f"steps {_span(steps)}", "a replay begins at step 1 and leaves out none", fix)
-    planned = read_page(folder, 1).header["train_steps"]  # the learning rate of a step depends on it
+    header = read_page(folder, 1).header
     with tempfile.TemporaryDirectory(prefix="moe-dist-") as run_dir:
-        keys = [*(overrides or ()), f"train.routing_replay={json.dumps(str(folder))}", "train.routing_ledger=off"]
-        checked = load_config(config, [*keys, f"train.steps={planned}", f"run.dir={json.dumps(run_dir)}"])
+        keys = [*(overrides or ()), f"train.routing_replay={json.dumps(str(folder))}", "train.routing_ledger=none"]
+        # The learning rate of a step depends on the number of steps that were planned.
+        checked = load_config(config, [*keys, f"train.steps={header['train_steps']}", f"run.dir={json.dumps(run_dir)}"])
+        blocks = range(checked.model.num_dense_layers, checked.model.num_layers)
+        batch = (checked.train.global_batch_sequences, checked.data.sequence_length_tokens)
+        check_header(str(folder), header, run_header(checked, blocks, batch), (*SHAPE, "seed"))
         summary = _run(checked, ranks)
     _print_drift(checked, summary, sys.stderr if as_json else sys.stdout)
     _answer(as_json, summary, "")

@@ -245,7 +245,7 @@ def _ledger_rules(config: Config) -> Iterator[ConfigError]:
             "train.routing_ledger",
             "record",
             f"a run cannot overwrite the ledger that it follows (train.routing_replay={train.routing_replay})",
-            "train.routing_ledger=off, or another run.dir",
+            "train.routing_ledger=none, or another run.dir",
         )
 
 

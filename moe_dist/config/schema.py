@@ -195,8 +195,8 @@ class TrainConfig(Section):
         "fp32", "Arithmetic: fp32, bf16 autocast over fp32 weights, or fp64 (for proofs)."
     )
     clip_norm: float | None = key(1.0, "Gradients are scaled down to this global norm; null does not clip.", gt=0)
-    routing_ledger: Literal["off", "record"] = key(
-        "off", "Whether the experts of every token at every step are written to `routing` in run.dir."
+    routing_ledger: Literal["none", "record"] = key(
+        "none", "`record` writes the experts of every token at every step to the folder `routing` in run.dir."
     )
     routing_replay: str | None = key(
         None,

@@ -133,7 +133,7 @@ BROKEN = [
     ),
     (
         {"run": {"dir": "r"}, "train": {"routing_ledger": "record", "routing_replay": "r/routing"}},
-        ("train.routing_ledger", "record", "overwrite the ledger", "train.routing_ledger=off, or another run.dir"),
+        ("train.routing_ledger", "record", "overwrite the ledger", "train.routing_ledger=none, or another run.dir"),
     ),
 ]
 
