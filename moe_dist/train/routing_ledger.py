@@ -121,8 +121,12 @@ class RoutingLedger:
             return
         layers = [join(parts) for parts in zip(*self._parts, strict=True)]
         length = rows.shape[1] - 1
+        first, count = place.first_row * length, len(rows) * length
+        assert {(layer.first, layer.end) for layer in layers} <= {(first, first + count)}, (
+            f"the layers recorded other tokens than {first} to {first + count}, which are in this rank's rows"
+        )
         header = run_header(self.config, self.blocks, (place.sequences, length))
-        header |= {"first": place.first_row * length, "tokens": len(rows) * length}
+        header |= {"first": first, "tokens": count}
         page = Page(header, rows[:, :-1].flatten(), dict(zip(self.blocks, layers, strict=True)))
         write_part(Path(self.config.run.dir) / ROUTING_FOLDER, place.step + 1, (self.rank, self.ranks), page)
 
@@ -161,22 +165,24 @@ def find_ledger(path: str | Path) -> Path:
     raise LedgerError(str(path), "no recorded step", "a ledger is a folder with step-*.safetensors", fix)
 
 
-def recorded_steps(folder: Path) -> dict[int, list[Path]]:
-    """The parts of every step (from 1), in order.
+def recorded_steps(folder: Path, step: str = "*") -> dict[int, list[Path]]:
+    """The parts of every step (from 1), or of that one alone whose eight digits are given, in order.
 
     Raises:
         LedgerError: A step lacks a part, or has parts of two layouts.
     """
     steps: dict[int, list[tuple[int, int, Path]]] = {}
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.glob(f"step-{step}.part-*")):
         if match := _PART.match(file.name):
             steps.setdefault(int(match[1]), []).append((int(match[2]), int(match[3]), file))
-    for step, parts in steps.items():
+    for number, parts in steps.items():
         if [(part, parts[0][1]) for part in range(parts[0][1])] != [part[:2] for part in parts]:
             found = ", ".join(file.name.partition(".")[2] for *_, file in parts)
             rule = "a step has one part of each rank of one layout; this one was cut off while it was written"
-            raise LedgerError(str(folder / f"step-{step:08d}"), found, rule, "run that step again, or remove its files")
-    return {step: [file for *_, file in parts] for step, parts in sorted(steps.items())}
+            raise LedgerError(
+                str(folder / f"step-{number:08d}"), found, rule, "run that step again, or remove its files"
+            )
+    return {number: [file for *_, file in parts] for number, parts in sorted(steps.items())}
 
 
 def read_page(folder: Path, step: int, span: tuple[int, int] | None = None) -> Page:
@@ -185,7 +191,7 @@ def read_page(folder: Path, step: int, span: tuple[int, int] | None = None) -> P
     Raises:
         LedgerError: The step is missing, or a part is damaged or does not fit the others.
     """
-    files = recorded_steps(folder).get(step)
+    files = recorded_steps(folder, f"{step:08d}").get(step)
     where = str(folder / f"step-{step:08d}")
     if files is None:
         fix = f"record {step} steps or more, or set train.steps to what was recorded"

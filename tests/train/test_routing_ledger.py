@@ -209,20 +209,12 @@ def test_replay_of_another_batch_names_the_rule(tmp_path: Path) -> None:
         RoutingLedger(config_of(tmp_path / "new", tmp_path / "nowhere"), BLOCKS)
 
 
-def test_planted_ledger_in_order_of_rank_is_caught(runs: tuple[Path, Any], tmp_path: Path) -> None:
-    """Parts whose positions begin at 0 on every rank cover the batch twice."""
+def test_planted_positions_that_begin_anew_on_every_rank_are_caught(tmp_path: Path) -> None:
+    def of_this_rank(record: Any, first: int) -> Choices:
+        return dataclasses.replace(original_of(record, first), first=0)
 
-    def by_rank(step: int, first_row: int, sequences: int) -> Place:
-        return Place(step, 0, sequences)
-
-    with mock.patch.object(routing_ledger, "Place", by_rank):
-        for rank in range(2):
-            config = config_of(tmp_path)
-            rows, place = random_rows(ROWS, 0)[3 * rank : 3 * rank + 3], routing_ledger.Place(0, 3 * rank, ROWS)
-            ledger = RoutingLedger(config, BLOCKS, rank, 2)
-            ledger.open_step(rows, place)
-            sums = language_modelling_sums(plain_model(config, 5).train(), rows, Draw(5, 0, 3 * rank))
-            ledger.keep(sums.records, place.first_row, LENGTH)
-            ledger.close_step(rows, place)
-    with pytest.raises(LedgerError, match="cover every token once"):
-        read_page(tmp_path / "routing", 1)
+    original_of = Choices.of
+    with mock.patch.object(routing_ledger.Choices, "of", of_this_rank):
+        written(tmp_path, 0, 2)
+        with pytest.raises(AssertionError, match="recorded other tokens"):
+            written(tmp_path, 1, 2)
