@@ -21,6 +21,7 @@ import typer
 
 from launch.config_commands import config_app
 from launch.failure import RankCrash
+from launch.routing_commands import routing_app
 from launch.run_directory import prepare
 from moe_dist.config import Config, load_config
 from moe_dist.errors import ConfigError, Interrupted, MoeDistError
@@ -39,6 +40,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Text to shards.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(routing_app, name="routing")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Overrides = Annotated[

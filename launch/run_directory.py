@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "train.threads_per_rank",
     "train.micro_batch_sequences",
     "train.steps",
+    "train.routing_ledger",
 )
 
 
@@ -72,7 +73,10 @@ def resolve_paths(config: Config) -> Config:
     if config.data.tokenizer.path is not None:
         path = os.path.abspath(config.data.tokenizer.path)
         data["tokenizer"] = config.data.tokenizer.model_copy(update={"path": path})
-    return config.model_copy(update={"run": run, "data": config.data.model_copy(update=data)})
+    train = config.train
+    if train.routing_replay is not None:
+        train = train.model_copy(update={"routing_replay": os.path.abspath(train.routing_replay)})
+    return config.model_copy(update={"run": run, "data": config.data.model_copy(update=data), "train": train})
 
 
 def finished_summary(config: Config) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ from moe_dist.runtime.profiling import measure_gemm_peak
 from moe_dist.train.evaluate import HeldOut
 from moe_dist.train.loop import Trainer
 from moe_dist.train.metrics import Recorder
+from moe_dist.train.routing_ledger import RoutingLedger
 from moe_dist.train.step import Trainee
 
 
@@ -57,12 +58,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     batches = RankBatches(config, build_dir, process)
     held_out = load_held_out(config, build_dir, process)
 
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    parallelize(model, mesh, config.parallel)
-    initialise(model, config.seed, process.device, parameter_type(config))
-    optimizer = build_adamw(model, config.optimizer)
-    trainee = Trainee(config, mesh, model, Gradients(model, mesh), optimizer)
+    trainee = build_trainee(config, mesh, process.device)
 
     recorder = open_recorder(config, process, mesh)
     trainer = Trainer(trainee, batches, held_out, recorder)
@@ -79,6 +75,17 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     if process.rank > 0:
         return {"status": status}
     return write_summary(config, build_dir, status, trainer)
+
+
+def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
+    """The model as cut for this rank with its first weights, its optimizer, and the routing it records or follows."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    parallelize(model, mesh, config.parallel)
+    initialise(model, config.seed, device, parameter_type(config))
+    blocks = [layer.router.layer for _, layer in model.moe_layers()]
+    ledger = RoutingLedger(config, blocks, mesh.rank, mesh.layout.ranks)
+    return Trainee(config, mesh, model, Gradients(model, mesh), build_adamw(model, config.optimizer), ledger)
 
 
 class RankBatches:

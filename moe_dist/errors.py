@@ -49,6 +49,10 @@ class CheckpointError(MoeDistError):
     exit_code = 3
 
 
+class LedgerError(MoeDistError):
+    """A routing ledger that is missing, damaged, or of another model, data or seed."""
+
+
 class TrainingFault(MoeDistError):
     """Training cannot go on: a loss or gradient that is not finite, or workers that failed too often."""
 

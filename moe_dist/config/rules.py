@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from moe_dist.config.schema import Config, MoEConfig
@@ -25,6 +26,7 @@ def broken_rules(config: Config) -> Iterator[ConfigError]:
     yield from _expert_rules(config)
     yield from _parallel_rules(config)
     yield from _precision_rules(config)
+    yield from _ledger_rules(config)
 
 
 def _model_rules(config: Config) -> Iterator[ConfigError]:
@@ -313,6 +315,18 @@ def _precision_rules(config: Config) -> Iterator[ConfigError]:
             "grouped",
             "torch.nn.functional.grouped_mm has no fp64; train.precision is fp64",
             "model.moe.backend=loop",
+        )
+
+
+def _ledger_rules(config: Config) -> Iterator[ConfigError]:
+    train, own = config.train, os.path.abspath(config.run.dir)
+    replay = None if train.routing_replay is None else os.path.abspath(train.routing_replay)
+    if train.routing_ledger == "record" and replay in (own, os.path.join(own, "routing")):
+        yield ConfigError(
+            "train.routing_ledger",
+            "record",
+            f"a run cannot overwrite the ledger that it follows (train.routing_replay={train.routing_replay})",
+            "train.routing_ledger=none, or another run.dir",
         )
 
 

@@ -195,6 +195,15 @@ class TrainConfig(Section):
         "fp32", "Arithmetic: fp32, bf16 autocast over fp32 weights, or fp64 (for proofs)."
     )
     clip_norm: float | None = key(1.0, "Gradients are scaled down to this global norm; null does not clip.", gt=0)
+    routing_ledger: Literal["none", "record"] = key(
+        "none", "`record` writes the experts of every token at every step to the folder `routing` in run.dir."
+    )
+    routing_replay: str | None = key(
+        None,
+        "A ledger, or the directory of a run that recorded one: its choices of experts and drops are followed instead "
+        "of choosing.",
+        "path",
+    )
     threads_per_rank: int | None = key(
         None, "CPU threads of a rank; null shares the machine's cores evenly.", "threads", ge=1
     )

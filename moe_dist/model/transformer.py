@@ -13,6 +13,7 @@ from moe_dist.model.norm import RMSNorm
 from moe_dist.model.rope import rope_table
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
+from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
 
 
@@ -33,6 +34,7 @@ class Transformer(nn.Module):
         counted_BS: Tensor | None = None,
         draw: Draw | None = None,
         demand: Mapping[int, Tensor] | None = None,
+        replay: Mapping[int, Choices] | None = None,
     ) -> tuple[Tensor, list[MoERecord]]:
         """Runs the blocks.
 
@@ -41,13 +43,14 @@ class Transformer(nn.Module):
             counted_BS: False for padding tokens, which no routed expert sees; None where every token counts.
             draw: Names the random numbers of routers that draw some in training; None outside training.
             demand: What the balance terms know of the step's demand, see `RoutingContext`.
+            replay: Choices to be followed, by number of the block; see `RoutingContext`.
 
         Returns:
             The normed final hidden state [B, S, D] and the record of every mixture-of-experts layer in order.
         """
         x_BSD = self.embedding(tokens_BS)
         table = rope_table(tokens_BS.shape[1], self.config.head_width, self.config.rope_theta, x_BSD)
-        context = RoutingContext(tokens_BS, draw, demand)
+        context = RoutingContext(tokens_BS, draw, demand, replay)
         records = []
         for block in self.blocks:
             x_BSD, record = block(x_BSD, table, counted_BS, context)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
 
 
@@ -23,11 +24,25 @@ class RoutingContext:
         demand: Assignments to each expert that are known before the forward, int64 [E] by number of the block: those of
             the whole global batch (exact global balance, counted first), to which the layer adds nothing and asks no
             other rank; or, with running global balance, those of earlier micro-batches. None where nothing is known.
+        replay: Choices that are followed instead of choosing, by number of the block; they cover at least the tokens of
+            this forward. A block that is not there, or all where it is None, chooses.
     """
 
     token_BS: Tensor
     draw: Draw | None = None
     demand: Mapping[int, Tensor] | None = None
+    replay: Mapping[int, Choices] | None = None
+
+    @property
+    def first_position(self) -> int:
+        """Position of the first token in the global batch; 0 outside training."""
+        return 0 if self.draw is None else self.draw.first_row * self.token_BS.shape[1]
+
+    def followed(self, block: int) -> Choices | None:
+        """The choices that a block is to follow for the tokens of this forward, or None where it chooses."""
+        if self.replay is None or block not in self.replay:
+            return None
+        return self.replay[block].part(self.first_position, self.token_BS.numel())
 
 
 @dataclass(frozen=True)

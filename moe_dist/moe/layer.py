@@ -21,7 +21,8 @@ from moe_dist.moe import balance
 from moe_dist.moe.decision import RoutingContext, RoutingDecision
 from moe_dist.moe.dispatch import Dispatcher, Journey, LocalDispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.plan import Capacity, RoutingPlan, make_plan
+from moe_dist.moe.ledger import Choices
+from moe_dist.moe.plan import Capacity, RoutingPlan, follow_plan, make_plan
 from moe_dist.moe.router import build_router
 
 
@@ -81,15 +82,13 @@ class MoELayer(nn.Module):
         Args:
             x_BSD: Input.
             counted_BS: False for padding, which no routed expert sees; None where all count.
-            context: Token ids and random numbers, for routers that use them.
+            context: Token ids and random numbers, for routers that use them, and choices to be followed.
         """
         batch, length, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
         decision = self.router(x_TD, context)
-        probability_TK = decision.probability_TE.detach().gather(1, decision.expert_TK)
-        shape = (batch, length, self.config.num_experts)
-        capacity = Capacity.of(self.config, self.training)
-        plan = make_plan(decision.expert_TK, probability_TK, counted_BS, shape, capacity, decision.asks_TK)
+        follow = None if context is None else context.followed(self.router.layer)
+        plan = self._plan(decision, (batch, length), counted_BS, follow)
         out_TD, journey = self._through_experts(x_TD, self._weights(decision, plan), plan)
         if self.shared is not None:
             out_TD = out_TD + self._shared(x_TD)
@@ -110,6 +109,17 @@ class MoELayer(nn.Module):
         assert self.shared is not None, "asked only where there is a shared expert"
         out_TD = self.shared(x_TD)
         return out_TD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_TD)) * out_TD
+
+    def _plan(
+        self, decision: RoutingDecision, shape: tuple[int, int], counted_BS: Tensor | None, follow: Choices | None
+    ) -> RoutingPlan:
+        """The rows of a decision; where choices are followed, those that were kept before are kept again."""
+        expert_TK, asks_TK = decision.expert_TK, decision.asks_TK
+        capacity, shape_BSE = Capacity.of(self.config, self.training), (*shape, self.config.num_experts)
+        if follow is not None:
+            return follow_plan(expert_TK, follow.kept_TK, counted_BS, shape_BSE, capacity, asks_TK)
+        probability_TK = decision.probability_TE.detach().gather(1, expert_TK)
+        return make_plan(expert_TK, probability_TK, counted_BS, shape_BSE, capacity, asks_TK)
 
     def _weights(self, decision: RoutingDecision, plan: RoutingPlan) -> Tensor:
         """Gate weights of kept choices; after drops those left may be scaled to the sum before."""

@@ -107,10 +107,9 @@ class Capacity:
         by_rank = config.capacity_group == "rank"
         return Capacity(factor, config.min_capacity, config.drop_policy, config.top_k, by_rank, config.pad_to_capacity)
 
-    def groups(self, counted_BS: Tensor) -> Tensor:
+    def groups(self, batch: int, length: int, device: torch.device) -> Tensor:
         """The capacity group of every token, int64 [T]."""
-        batch, length = counted_BS.shape
-        group_B = torch.arange(batch, device=counted_BS.device)
+        group_B = torch.arange(batch, device=device)
         return (group_B * 0 if self.by_rank else group_B).repeat_interleave(length)
 
     def rows(self, tokens_B: Tensor, top_k: int, num_experts: int) -> Tensor:
@@ -151,32 +150,57 @@ def make_plan(
     top_k = expert_TK.shape[1]
     if counted_BS is None:
         counted_BS = torch.ones(batch, length, dtype=torch.bool, device=expert_TK.device)
-    kept_slots = counted_BS.reshape(-1, 1).expand(-1, top_k).reshape(-1)
-    if asks_TK is not None:
-        kept_slots = kept_slots & asks_TK.reshape(-1)
+    kept_slots = _asking_slots(expert_TK, counted_BS, asks_TK)
     demand_E = torch.bincount(expert_TK.reshape(-1)[kept_slots], minlength=num_experts)
     if capacity is None:
         return _rows(expert_TK, kept_slots, demand_E, demand_E)
-    group_T = capacity.groups(counted_BS)
-    limit_B = _limits(capacity, counted_BS, group_T, (top_k, num_experts))
+    group_T = capacity.groups(batch, length, expert_TK.device)
+    limit_B = _limits(capacity, counted_BS, (top_k, num_experts))
     group_slots = group_T.repeat_interleave(top_k)
     queue = group_slots * num_experts + expert_TK.reshape(-1)
     place = _place_in_queue(queue, kept_slots, capacity.priority(probability_TK))
     kept_slots = kept_slots & (place < limit_B[group_slots])
     served_E = torch.bincount(expert_TK.reshape(-1)[kept_slots], minlength=num_experts)
-    if not capacity.pad:
-        return _rows(expert_TK, kept_slots, demand_E, served_E)
-    # The shape follows from that of the batch alone: a padding token lowers the limit, not the rows.
-    everybody = torch.ones_like(counted_BS)
-    rows_each = int(_limits(capacity, everybody, group_T, (top_k, num_experts)).sum())
-    return _rows(expert_TK, kept_slots, demand_E, served_E, rows_each)
+    return _rows(expert_TK, kept_slots, demand_E, served_E, _rows_each(capacity, shape, expert_TK))
 
 
-def _limits(capacity: Capacity, counted_BS: Tensor, group_T: Tensor, shape: tuple[int, int]) -> Tensor:
+def follow_plan(
+    expert_TK: Tensor,
+    kept_TK: Tensor,
+    counted_BS: Tensor | None,
+    shape: tuple[int, int, int],
+    capacity: Capacity | None,
+    asks_TK: Tensor | None = None,
+) -> RoutingPlan:
+    """The plan of choices of which it is known already which were kept; other arguments as in `make_plan`."""
+    asking_slots = _asking_slots(expert_TK, counted_BS, asks_TK)
+    kept_slots = asking_slots & kept_TK.reshape(-1)
+    demand_E, served_E = (
+        torch.bincount(expert_TK.reshape(-1)[slots], minlength=shape[2]) for slots in (asking_slots, kept_slots)
+    )
+    return _rows(expert_TK, kept_slots, demand_E, served_E, _rows_each(capacity, shape, expert_TK))
+
+
+def _asking_slots(expert_TK: Tensor, counted_BS: Tensor | None, asks_TK: Tensor | None) -> Tensor:
+    """Whether each slot is a demand: its token is counted and its choice carried out."""
+    asking_TK = torch.ones_like(expert_TK, dtype=torch.bool)
+    if counted_BS is not None:
+        asking_TK = asking_TK & counted_BS.reshape(-1, 1)
+    return (asking_TK if asks_TK is None else asking_TK & asks_TK).reshape(-1)
+
+
+def _limits(capacity: Capacity, counted_BS: Tensor, shape: tuple[int, int]) -> Tensor:
     """Rows that an expert takes of each group, int64; `shape` is (K, E)."""
-    groups = 1 if capacity.by_rank and len(counted_BS) else len(counted_BS)
-    tokens_B = counted_BS.new_zeros(groups, dtype=torch.int64).index_add_(0, group_T, counted_BS.reshape(-1).long())
-    return capacity.rows(tokens_B, *shape)
+    tokens_B = counted_BS.sum(1)
+    return capacity.rows(tokens_B.sum(0, keepdim=True) if capacity.by_rank else tokens_B, *shape)
+
+
+def _rows_each(capacity: Capacity | None, shape: tuple[int, int, int], expert_TK: Tensor) -> int | None:
+    """Rows of every expert where they are padded; the shape of the batch alone decides, whatever is padding in it."""
+    if capacity is None or not capacity.pad:
+        return None
+    everybody = torch.ones(shape[:2], dtype=torch.bool, device=expert_TK.device)
+    return int(_limits(capacity, everybody, (expert_TK.shape[1], shape[2])).sum())
 
 
 def _rows(

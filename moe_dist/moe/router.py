@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_dist.config import MoEConfig
 from moe_dist.moe import randomness, router_kinds
 from moe_dist.moe.decision import RoutingContext, RoutingDecision
+from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
 
 __all__ = ["HashRouter", "Router", "RoutingDecision", "build_router"]
@@ -53,16 +54,16 @@ class Router(nn.Module):
             return self._decide(x_TD, x_TD @ self.weight.to(x_TD.dtype).T, context)
 
     def _decide(self, x_TD: Tensor, logits_TE: Tensor, context: RoutingContext | None) -> RoutingDecision:
-        config = self.config
+        config, follow = self.config, _followed(context, self.layer)
         match config.router:
             case "softmax_topk" | "switch":
-                return router_kinds.softmax_topk(logits_TE, config, self.selection_bias)
+                return router_kinds.softmax_topk(logits_TE, config, self.selection_bias, follow)
             case "sigmoid_topk":
-                return router_kinds.sigmoid_topk(logits_TE, config, self.selection_bias)
+                return router_kinds.sigmoid_topk(logits_TE, config, self.selection_bias, follow)
             case "gshard":
-                return router_kinds.gshard_top2(logits_TE, config, self._chance_of_second(context))
+                return router_kinds.gshard_top2(logits_TE, config, self._chance_of_second(context), follow)
             case "noisy_topk":
-                return router_kinds.softmax_topk(self._noisy(x_TD, logits_TE, context), config)
+                return router_kinds.softmax_topk(self._noisy(x_TD, logits_TE, context), config, None, follow)
             case "expert_choice":
                 return router_kinds.expert_choice(logits_TE, config)
         raise AssertionError(f"the config tree allows no router {config.router!r} here")
@@ -111,7 +112,12 @@ class HashRouter(nn.Module):
         """Args: x_TD: only its type and device matter. context: the token ids."""
         assert context is not None, "hash routing needs the token ids: pass a RoutingContext"
         exact = torch.promote_types(x_TD.dtype, torch.float32)
-        return router_kinds.hash_routing(context.token_BS.reshape(-1), self.layer, self.config, exact)
+        follow = context.followed(self.layer)
+        return router_kinds.hash_routing(context.token_BS.reshape(-1), self.layer, self.config, exact, follow)
+
+
+def _followed(context: RoutingContext | None, layer: int) -> Choices | None:
+    return None if context is None else context.followed(layer)
 
 
 _Keys = tuple[Draw, Tensor]

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import MoEConfig
+from moe_dist.moe.ledger import Choices
 
 
-def choose_experts(logits_TE: Tensor, score_TE: Tensor, bias_E: Tensor | None, config: MoEConfig) -> Tensor:
+def choose_experts(
+    logits_TE: Tensor, score_TE: Tensor, bias_E: Tensor | None, config: MoEConfig, follow: Choices | None = None
+) -> Tensor:
     """The `top_k` experts of every token, int64 [T, K], best first; ties go to the lower expert id.
 
     Args:
@@ -20,7 +23,10 @@ def choose_experts(logits_TE: Tensor, score_TE: Tensor, bias_E: Tensor | None, c
         score_TE: Softmax or sigmoid of the logits, to which a bias is added.
         bias_E: Selection bias, or None.
         config: `top_k`, `num_groups`, `groups_per_token`.
+        follow: Choices that are taken as they are.
     """
+    if follow is not None:
+        return follow.expert_TK
     choice_TE = (logits_TE if bias_E is None and config.num_groups == 1 else score_TE).detach()
     if bias_E is not None:
         choice_TE = choice_TE + bias_E

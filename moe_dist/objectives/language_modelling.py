@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_dist.config import MoEConfig
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoERecord
+from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
 
 
@@ -40,7 +41,11 @@ class LossSums:
 
 
 def language_modelling_sums(
-    model: Transformer, rows: Tensor, draw: Draw | None = None, demand: Mapping[int, Tensor] | None = None
+    model: Transformer,
+    rows: Tensor,
+    draw: Draw | None = None,
+    demand: Mapping[int, Tensor] | None = None,
+    replay: Mapping[int, Choices] | None = None,
 ) -> LossSums:
     """Runs a micro-batch.
 
@@ -49,8 +54,9 @@ def language_modelling_sums(
         rows: Token ids int64 [B, S+1]; the first S are inputs, the last S are targets; B may be 0.
         draw: Names the random numbers of routers that draw some.
         demand: What the balance terms know of the step's demand, see `RoutingContext`.
+        replay: Choices to be followed, by number of the block.
     """
-    hidden_BSD, records = model(rows[:, :-1], draw=draw, demand=demand)
+    hidden_BSD, records = model(rows[:, :-1], draw=draw, demand=demand, replay=replay)
     nats_T = token_nats(model, hidden_BSD, rows[:, 1:])
     nothing = nats_T.new_zeros(3)
     terms = [torch.stack([r.balance_sum, r.group_balance_sum, r.z_sum]) for r in records]

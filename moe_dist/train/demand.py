@@ -9,7 +9,7 @@ micro-batches of a step is `running`, as is Megatron-LM's `global_aux_loss`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch import Tensor
 from moe_dist.config import MoEConfig
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoERecord
+from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.mesh import Mesh
 
 Demand = dict[int, Tensor]  # int64 [E] by number of the block
+Replay = Mapping[int, Choices]  # choices to be followed, by number of the block
 
 
 def counts_first(config: MoEConfig, micro_batches: int) -> bool:
@@ -31,25 +33,33 @@ def counts_first(config: MoEConfig, micro_batches: int) -> bool:
 
 
 @torch.no_grad()
-def count_demand(model: Transformer, passes: Sequence[tuple[Tensor, Draw]], mesh: Mesh) -> Demand:
+def count_demand(
+    model: Transformer, passes: Sequence[tuple[Tensor, Draw]], mesh: Mesh, replay: Replay | None
+) -> tuple[Demand, list[Replay]]:
     """Demand of the whole global batch before any of it is trained on; entered by all ranks.
+
+    Returns the demand, and the choices of every micro-batch: a token is routed once, here, and trained as counted.
 
     Args:
         model: In training mode, so that random numbers are drawn as they will be.
         passes: The micro-batches of this rank, int64 [B, S+1], each with what names its random numbers.
         mesh: Whose ranks share the batch.
+        replay: Choices of a recorded run, where it is followed.
     """
     layers = [layer for _, layer in model.moe_layers()]
     device = model.embedding.weight.device
     counts = torch.zeros(len(layers), model.config.moe.num_experts, dtype=torch.int64, device=device)
     # A demand that is known, if only as nothing, keeps the layers from asking the other ranks one by one.
     unknown = {layer.number: torch.zeros_like(counts[0]) for layer in layers}
+    chosen: list[Replay] = []
     for rows, draw in passes:
-        _, records = model(rows[:, :-1], draw=draw, demand=unknown)
+        _, records = model(rows[:, :-1], draw=draw, demand=unknown, replay=replay)
+        first = draw.first_row * (rows.shape[1] - 1)
+        chosen.append({layer.number: Choices.of(r, first) for layer, r in zip(layers, records, strict=True)})
         for total_E, record in zip(counts, records, strict=True):
             total_E += record.plan.demand_E
     sum_ranks(counts, mesh.world)
-    return {layer.number: total_E for layer, total_E in zip(layers, counts, strict=True)}
+    return {layer.number: total_E for layer, total_E in zip(layers, counts, strict=True)}, chosen
 
 
 def demand_so_far(model: Transformer, records: Sequence[MoERecord]) -> Demand:

@@ -6,7 +6,7 @@ Shape letters: n rows of this rank, S sequence, E experts, W ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -24,18 +24,23 @@ from moe_dist.optim import learning_rate, set_learning_rate
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.demand import Demand, count_demand, counts_first, demand_so_far
+from moe_dist.train.demand import Demand, Replay, count_demand, counts_first, demand_so_far
+from moe_dist.train.routing_ledger import Place, RoutingLedger
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a step works on: the model as cut for this rank, its gradients and its optimizer."""
+    """What a step works on: the model as cut for this rank, its gradients and its optimizer.
+
+    `ledger` records or prescribes the routing; None does neither.
+    """
 
     config: Config
     mesh: Mesh
     model: Transformer
     gradients: Gradients
     optimizer: torch.optim.Optimizer
+    ledger: RoutingLedger | None = None
 
 
 @dataclass(frozen=True)
@@ -104,22 +109,30 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
 
     Raises:
         TrainingFault: The gradient is not finite; on every rank alike, before any weight changes.
+        LedgerError: The routing to be followed is of another batch, or the routing cannot be recorded.
     """
     config = trainee.config
     trainee.model.train()
     trainee.optimizer.zero_grad(set_to_none=True)
     first_row, rows_everywhere = _place_in_batch(rows, trainee.mesh)
-    counted = rows_everywhere * rows[:, 1:].shape[1]
+    length = rows[:, 1:].shape[1]
+    counted = rows_everywhere * length
+    ledger, place = trainee.ledger, Place(step, first_row, rows_everywhere)
+    replay = ledger.open_step(rows, place) if ledger else None
     tally = _Tally(trainee, stop_asked)
     passes = list(_passes(rows, config, Draw(config.seed, step, first_row), trainee.mesh.layout.ranks))
-    demand = _demand_before(trainee, passes)
-    for micro_batch, draw in passes:
+    demand, followed = _decided_before(trainee, passes, replay)
+    for (micro_batch, draw), follow in zip(passes, followed, strict=True):
         with autocast(config, rows.device):
-            sums = language_modelling_sums(trainee.model, micro_batch, draw, demand)
+            sums = language_modelling_sums(trainee.model, micro_batch, draw, demand, follow)
+        if ledger:
+            ledger.keep(sums.records, draw.first_row, length)
         (sums.total(config.model.moe) / counted).backward()
         tally.add(sums)
         if config.model.moe.global_balance == "running":
             demand = demand_so_far(trainee.model, sums.records)
+    if ledger:
+        ledger.close_step(rows, place)
     trainee.gradients.reduce()
     grad_norm = float(trainee.gradients.clip(config.train.clip_norm))
     figures = tally.figures(counted, grad_norm, learning_rate(step, config.train.steps, config.optimizer))
@@ -147,12 +160,14 @@ def _passes(rows: Tensor, config: Config, draw: Draw, ranks: int) -> Iterator[tu
         draw = replace(draw, first_row=draw.first_row + len(micro_batch))
 
 
-def _demand_before(trainee: Trainee, passes: list[tuple[Tensor, Draw]]) -> Demand | None:
-    """What the exact global balance term must know before the first micro-batch."""
+def _decided_before(
+    trainee: Trainee, passes: list[tuple[Tensor, Draw]], replay: Replay | None
+) -> tuple[Demand | None, Sequence[Replay | None]]:
+    """What the exact global balance term must know before the first micro-batch, and what each of them follows."""
     if not counts_first(trainee.config.model.moe, len(passes)):
-        return None
+        return None, [replay] * len(passes)
     with autocast(trainee.config, passes[0][0].device):
-        return count_demand(trainee.model, passes, trainee.mesh)
+        return count_demand(trainee.model, passes, trainee.mesh, replay)
 
 
 @torch.no_grad()

@@ -210,6 +210,10 @@ BROKEN = [
         {"model": {"moe": {"backend": "grouped"}}, "train": {"precision": "fp64"}},
         ("model.moe.backend", "grouped", "has no fp64", "model.moe.backend=loop"),
     ),
+    (
+        {"run": {"dir": "r"}, "train": {"routing_ledger": "record", "routing_replay": "r/routing"}},
+        ("train.routing_ledger", "record", "overwrite the ledger", "train.routing_ledger=none, or another run.dir"),
+    ),
 ]
 
 
@@ -269,6 +273,7 @@ def test_rules_defaults_keep_them_all() -> None:
         {"model": {"moe": {"balance_scope": "global"}}, "train": {"micro_batch_sequences": 1}},
         {"model": {"moe": {"balance_scope": "global", "global_balance": "running"}}},
         {"model": {"moe": {"group_balance_loss": 0.1, "num_groups": 2, "groups_per_token": 2}}},
+        {"run": {"dir": "r"}, "train": {"routing_ledger": "record", "routing_replay": "r/old"}},
     ],
 )
 def test_rules_values_at_the_border_pass(tree: dict) -> None:

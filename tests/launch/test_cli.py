@@ -91,7 +91,9 @@ def test_command_wrong_input_imports_neither_torch_nor_ray(config_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "simulate", "data build", "submit", "logs", "status", "stop", "generate", "config show"]
+    "command",
+    ["train", "simulate", "data build", "submit", "logs", "status", "stop", "generate", "config show"]
+    + ["routing record", "routing diff", "routing replay"],
 )
 def test_help_every_command_has_text(command: str) -> None:
     done = moe_dist(*command.split(), "--help")

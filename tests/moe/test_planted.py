@@ -49,7 +49,7 @@ def bias_of_fp32_counts(bias_E: Tensor, demand_E: Tensor, rate: float) -> Tensor
     return bias_E + rate * torch.sign(demand_E.float().mean() - demand_E.float())
 
 
-def sigmoid_with_epsilon(logits_TE: Tensor, config: Any, bias_E: Tensor | None = None) -> RoutingDecision:
+def sigmoid_with_epsilon(logits_TE: Tensor, config: Any, bias_E: Tensor | None = None, *_: Any) -> RoutingDecision:
     decision = original_sigmoid(logits_TE, config, bias_E)
     score_TE = logits_TE.sigmoid()
     share_TE = score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
@@ -58,7 +58,7 @@ def sigmoid_with_epsilon(logits_TE: Tensor, config: Any, bias_E: Tensor | None =
     return dataclasses.replace(decision, probability_TE=share_TE, gate_TK=gate_TK)
 
 
-def gates_with_bias(logits_TE: Tensor, config: Any, bias_E: Tensor | None = None) -> RoutingDecision:
+def gates_with_bias(logits_TE: Tensor, config: Any, bias_E: Tensor | None = None, *_: Any) -> RoutingDecision:
     decision = original_sigmoid(logits_TE, config, bias_E)
     if bias_E is None:
         return decision
@@ -74,7 +74,7 @@ def always_token_major(self: Any, probability_TK: Tensor) -> Tensor | None:
     return probability_TK.reshape(-1) if self.policy == "probability" else None
 
 
-def second_never_left_out(logits_TE: Tensor, config: Any, uniform_T: Tensor | None) -> RoutingDecision:
+def second_never_left_out(logits_TE: Tensor, config: Any, uniform_T: Tensor | None, *_: Any) -> RoutingDecision:
     return original_gshard(logits_TE, config, None)
 
 
