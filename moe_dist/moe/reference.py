@@ -27,8 +27,8 @@ def moe_reference(
     """Computes the routed part of a layer (no shared expert) token by token.
 
     Args:
-        weights: `router` [E, D], `gate_up` [E, D, 2F], `down` [E, F, D]; where the router has them also `noise` [E, D]
-            and `selection_bias` [E].
+        weights: `router` [E, D], `gate_up` [E, D, 2F], `down` [E, F, D]; where the router has them also `router_bias`
+            [E], `noise` [E, D] and `selection_bias` [E].
         x_BSD: Input.
         counted_BS: False for padding.
         config: The layer's configuration.
