@@ -187,6 +187,13 @@ def _hash_rules(moe: MoEConfig) -> Iterator[ConfigError]:
             "a hash router has no probabilities; the weights of a token's experts are equal and sum to one",
             "model.moe.normalize_gates=true",
         )
+    if moe.router_bias:
+        yield ConfigError(
+            "model.moe.router_bias",
+            True,
+            "a hash router has no linear map that a bias could be added to",
+            "model.moe.router_bias=false",
+        )
     drops = moe.capacity_factor is not None or moe.capacity_factor_eval is not None
     if drops and moe.drop_policy == "probability":
         yield ConfigError(

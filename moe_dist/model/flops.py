@@ -31,6 +31,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     beside = routers * width * moe.num_experts + 3 * width * moe.shared_expert_width
     beside += 2 * width * moe.latent_width if moe.latent_width else 0
     beside += width if moe.shared_expert_gate else 0
+    beside += _router_biases(config)
     dense = 3 * width * config.ffn_width
     sparse_layers = config.num_layers - config.num_dense_layers
     embedding = config.vocab_size * width * (1 if config.tie_embeddings else 2)
@@ -46,6 +47,12 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     active = count_parameters(config).active
     norms = config.width * (2 * config.num_layers + 1)
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.width
-    products = active - norms - lookup
+    biases = (config.num_layers - config.num_dense_layers) * _router_biases(config)
+    products = active - norms - lookup - biases
     scores = config.num_layers * config.num_heads * config.head_width * sequence_length
     return 6.0 * products + 6.0 * scores
+
+
+def _router_biases(config: ModelConfig) -> int:
+    """Parameters of the bias of one router; an addition and no product."""
+    return config.moe.num_experts if config.moe.router_bias else 0

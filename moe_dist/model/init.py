@@ -4,7 +4,7 @@
 |---|---|
 | norms | 1 |
 | router's selection bias | 0 |
-| embedding, router (and its noise), query, key, value, gate_up, untied output | normal, `init_std` |
+| embedding, router (its bias and noise too), query, key, value, gate_up, untied output | normal, `init_std` |
 | attention output, down projections (they write into the residual stream) | normal, `init_std / sqrt(2 * layers)` |
 
 Source: GPT-2 (Radford et al. 2019), section 2.3, for the scaling of residual outputs.

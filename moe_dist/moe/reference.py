@@ -27,7 +27,7 @@ def moe_reference(
 
     Args:
         weights: `router` [E, D], `gate_up` [E, D, 2F] (or `up` [E, D, F]), `down` [E, F, D]; where there are any also
-            `noise` [E, D], `selection_bias` [E], `latent_in` [Z, D] and `latent_out` [D, Z].
+            `router_bias` [E], `noise` [E, D], `selection_bias` [E], `latent_in` [Z, D] and `latent_out` [D, Z].
         x_BSD: Input.
         counted_BS: False for padding.
         config: The layer's configuration.

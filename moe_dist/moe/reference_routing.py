@@ -74,7 +74,8 @@ def route_token(weights: dict[str, Tensor], x_D: Tensor, place: Place, config: M
     """Routes one token.
 
     Args:
-        weights: `router` [E, D]; with noise `noise` [E, D]; with a selection bias `selection_bias` [E].
+        weights: `router` [E, D]; with a bias `router_bias` [E]; with noise `noise` [E, D]; with a selection bias
+            `selection_bias` [E].
         x_D: The hidden state.
         place: Which token it is.
         config: The layer's configuration.
@@ -85,6 +86,8 @@ def route_token(weights: dict[str, Tensor], x_D: Tensor, place: Place, config: M
         spread = [2 * place.uniform(1, d) - 1 for d in range(len(x_D))]
         x_D = torch.stack([x_D[d] * (1 + config.input_jitter * spread[d]) for d in range(len(x_D))])
     logits = [(weights["router"][e] * x_D).sum() for e in range(config.num_experts)]
+    if config.router_bias:
+        logits = [logit + weights["router_bias"][e] for e, logit in enumerate(logits)]
     if config.router == "noisy_topk" and place.training:
         for e in range(config.num_experts):
             spread_e = torch.log(1 + torch.exp((weights["noise"][e] * x_D).sum()))

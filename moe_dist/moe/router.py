@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import MoEConfig
@@ -29,6 +30,7 @@ class Router(nn.Module):
 
     Attributes:
         weight: [E, D].
+        bias: [E], learned and added to the logits; None but with `router_bias`.
         noise_weight: [E, D], the learned spread of the noise; None but for `noisy_topk`.
         selection_bias: fp32 [E], used for the choice alone and never in gates; None where the config has none. It is
             moved once a step by `moved_bias` and stays fp32 when the module is cast.
@@ -40,6 +42,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
         noisy = config.router == "noisy_topk"
         self.noise_weight = nn.Parameter(torch.empty(config.num_experts, width)) if noisy else None
         bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None
@@ -51,7 +54,8 @@ class Router(nn.Module):
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
             if self.config.input_jitter and self.training:
                 x_TD = self._jittered(x_TD, _keys(context))
-            return self._decide(x_TD, x_TD @ self.weight.to(x_TD.dtype).T, context)
+            bias_E = None if self.bias is None else self.bias.to(x_TD.dtype)
+            return self._decide(x_TD, F.linear(x_TD, self.weight.to(x_TD.dtype), bias_E), context)
 
     def _decide(self, x_TD: Tensor, logits_TE: Tensor, context: RoutingContext | None) -> RoutingDecision:
         config, follow = self.config, _followed(context, self.layer)

@@ -138,6 +138,10 @@ BROKEN = [
         ("model.moe.normalize_gates", False, "no probabilities", "model.moe.normalize_gates=true"),
     ),
     (
+        hashed(router_bias=True),
+        ("model.moe.router_bias", True, "no linear map", "model.moe.router_bias=false"),
+    ),
+    (
         hashed(capacity_factor=1.0),
         ("model.moe.drop_policy", "probability", "to drop by", "model.moe.drop_policy=position_token_major"),
     ),
@@ -262,7 +266,7 @@ def test_rules_defaults_keep_them_all() -> None:
         {"model": {"moe": {"top_k": 1, "normalize_gates": False}}},
         {"model": {"moe": {"num_experts": 4, "top_k": 4}}},
         {"model": {"moe": {"router": "switch", "top_k": 1, "normalize_gates": False}}},
-        {"model": {"moe": {"router": "gshard", "input_jitter": 0.01}}},
+        {"model": {"moe": {"router": "gshard", "input_jitter": 0.01, "router_bias": True}}},
         {"model": {"moe": {"router": "sigmoid_topk", "num_groups": 4, "groups_per_token": 2, "top_k": 4}}},
         {"model": {"moe": {"selection_bias": True, "balance_loss": 0.0}}},
         {"model": {"moe": {"num_groups": 8, "groups_per_token": 8}}},

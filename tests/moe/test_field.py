@@ -118,18 +118,54 @@ def test_router_and_layer_equal_those_of_transformers(family):
     assert_close(found, wanted[0] if isinstance(wanted, tuple) else wanted, "output")
 
 
-def test_sigmoid_raw_scores_equal_those_of_llama4():
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_sigmoid_raw_scores_equal_those_of_llama4(top_k):
     from transformers.models.llama4 import modeling_llama4 as family
 
-    config = transformers.Llama4TextConfig(hidden_size=D, num_local_experts=E, num_experts_per_tok=1)
+    config = transformers.Llama4TextConfig(hidden_size=D, num_local_experts=E, num_experts_per_tok=top_k)
     theirs = family.Llama4Router(config)
     fill(theirs)
-    ours = Router(D, MoEConfig(num_experts=E, router="sigmoid_topk", top_k=1, normalize_gates=False))
+    ours = Router(D, MoEConfig(num_experts=E, router="sigmoid_topk", top_k=top_k, normalize_gates=False))
     with torch.no_grad():
         ours.weight.copy_(theirs.weight)
     x = torch.randn(B * S, D, generator=torch.Generator().manual_seed(1))
     decision = ours(x)
-    assert_close(spread(decision.expert_TK, decision.gate_TK), theirs(x)[0], "scores")
+    scores, logits = theirs(x)
+    assert_close(decision.logits_TE, logits, "logits")
+    assert_close(spread(decision.expert_TK, decision.gate_TK), scores, "scores")
+    towards = torch.linspace(-1, 1, scores.numel()).view_as(scores)
+    (spread(decision.expert_TK, decision.gate_TK) * towards).sum().backward()
+    (scores * towards).sum().backward()
+    assert_close(ours.weight.grad, theirs.weight.grad, "gradient of the weight")
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_softmax_router_with_bias_equals_that_of_gpt_oss(top_k):
+    from transformers.models.gpt_oss import modeling_gpt_oss as family
+
+    theirs = family.GptOssTopKRouter(transformers.GptOssConfig(**sizes(top_k), num_local_experts=E))
+    fill(theirs)
+    ours = Router(D, MoEConfig(num_experts=E, top_k=top_k, router_bias=True))
+    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(B * S, D, generator=torch.Generator().manual_seed(1))
+    xs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    decision = ours(xs[0])
+    logits, scores, experts = theirs(xs[1])
+    assert_close(decision.logits_TE, logits, "logits")
+    assert torch.equal(decision.expert_TK, experts), "the experts of a token stand in the same order"
+    assert_close(decision.gate_TK, scores, "gates")
+    towards = torch.linspace(-1, 1, B * S * E).view(-1, E)
+    for x_TD, router, chosen, gate in (
+        (xs[0], ours, decision.expert_TK, decision.gate_TK),
+        (xs[1], theirs, experts, scores),
+    ):
+        (towards.gather(1, chosen) * gate.square()).sum().backward()
+        assert top_k == 1 or float(router.bias.grad.norm()) > 1e-3
+        assert x_TD.grad is not None
+    assert_close(xs[0].grad, xs[1].grad, "gradient of x")
+    for name, parameter in theirs.named_parameters():
+        assert_close(ours.get_parameter(name).grad, parameter.grad, f"gradient of {name}")
 
 
 @pytest.mark.parametrize(("family", "top_k"), [("mixtral", 2), ("qwen3_moe", 3)])
@@ -165,3 +201,59 @@ def test_gshard_gates_and_drops_equal_those_of_fairscale(monkeypatch):
     _, combine_TEC, _ = top2gate.top2gating(record.decision.logits_TE.detach())
     gates = layer._weights(record.decision, record.plan) * record.plan.kept_TK
     assert_close(spread(record.decision.expert_TK, gates), combine_TEC.sum(-1), "gates")
+
+
+class SwiGLU(nn.Module):
+    """One expert of fairscale's layer, which takes any module, with weights laid out as ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Parameter(torch.empty(D, 2 * F)), nn.Parameter(torch.empty(F, D))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        gate, up = (rows @ self.gate_up).chunk(2, dim=-1)
+        return (nn.functional.silu(gate) * up) @ self.down
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tokens", [32, 128])
+def test_gshard_layer_and_gradients_equal_those_of_fairscale(tokens, monkeypatch, group_of_one):
+    """The whole MOELayer: gate, capacity, dispatch, experts and combine, and every gradient through them.
+
+    Its capacity counts all tokens of a call, ours those of a sequence: the call is one sequence. Its first axis must be
+    a multiple of the experts.
+    """
+    moe_layer = pytest.importorskip("fairscale.nn.moe.moe_layer")
+    top2gate = pytest.importorskip("fairscale.nn.moe.top2gate")
+    monkeypatch.setattr(top2gate, "gumbel_rsample", lambda shape, device: torch.zeros(shape, device=device))
+    theirs = moe_layer.MOELayer(top2gate.Top2Gate(D, E), nn.ModuleList([SwiGLU() for _ in range(E)]))
+    fill(theirs)
+    moe = {"num_experts": E, "router": "gshard", "drop_policy": "position_choice_major", "renormalize_after_drop": True}
+    config = MoEConfig(**moe, capacity_factor_eval=1.0, shared_expert_width=0, expert_width=F)
+    ours = MoELayer(D, config, None).eval()
+    with torch.no_grad():
+        ours.router.weight.copy_(theirs.gate.wg.weight)
+        for e, expert in enumerate(theirs.experts):
+            ours.experts.gate_up[e].copy_(expert.gate_up)
+            ours.experts.down[e].copy_(expert.down)
+    x = torch.randn(1, tokens, D, generator=torch.Generator().manual_seed(1))
+    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, record = ours(x_ours)
+    wanted = theirs(x_theirs.view(E, -1, D)).view_as(x)
+    assert not record.plan.keeps_all, "the case must drop something"
+    assert_close(found, wanted, "output")
+    towards = torch.linspace(-1, 1, x.numel()).view_as(x)
+    (found * towards).sum().backward()
+    (wanted * towards).sum().backward()
+    assert_close(x_ours.grad, x_theirs.grad, "gradient of x")
+    assert_close(ours.router.weight.grad, theirs.gate.wg.weight.grad, "gradient of the router")
+    for name in ("gate_up", "down"):
+        stacked = torch.stack([getattr(expert, name).grad for expert in theirs.experts])
+        assert_close(getattr(ours.experts, name).grad, stacked, f"gradient of {name}")

@@ -13,7 +13,7 @@ from moe_dist.config import MoEConfig
 from moe_dist.config.load import find_problems
 from moe_dist.errors import ConfigError
 from moe_dist.generate.sampling import Sampling, continue_prompts
-from moe_dist.model.flops import count_parameters
+from moe_dist.model.flops import count_parameters, training_flops_per_token
 from moe_dist.moe import balance
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer
@@ -35,6 +35,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "softmax, raw gates": {"normalize_gates": False},
     "softmax, groups and bias": {**GROUPS, "selection_bias": True},
     "softmax, jitter": {"input_jitter": 0.3},
+    "softmax, router bias": {"router_bias": True},
     "sigmoid": {"router": "sigmoid_topk", "gate_scale": 2.5},
     "sigmoid, raw top-1": {"router": "sigmoid_topk", "top_k": 1, "normalize_gates": False},
     "sigmoid, groups and bias": {"router": "sigmoid_topk", **GROUPS, "selection_bias": True, "gate_scale": 2.5},
@@ -42,6 +43,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "gshard": {"router": "gshard"},
     "gshard, jitter": {"router": "gshard", "input_jitter": 0.2},
     "noisy": {"router": "noisy_topk"},
+    "noisy, router bias": {"router": "noisy_topk", "router_bias": True},
     "expert choice": {"router": "expert_choice", "normalize_gates": False, "capacity_factor_eval": 1.5},
     "hash": {"router": "hash", "balance_loss": 0.0, "z_loss": 0.0},
 }
@@ -95,7 +97,7 @@ def weights_of(layer: MoELayer) -> dict[str, torch.Tensor]:
     """The layer's weights by the oracle's names."""
     weights = {"gate_up": layer.experts.gate_up, "down": layer.experts.down}
     for name, tensor in [*layer.router.named_parameters(), *layer.router.named_buffers()]:
-        weights[{"weight": "router", "noise_weight": "noise"}.get(name, name)] = tensor
+        weights[{"weight": "router", "bias": "router_bias", "noise_weight": "noise"}.get(name, name)] = tensor
     return weights
 
 
@@ -262,10 +264,16 @@ def mean_balance(decision) -> float:
     return float(balance.balance_sum(probability, demand)) / tokens
 
 
-@pytest.mark.parametrize("router", ["noisy", "hash", "sigmoid, groups and bias"])
+@pytest.mark.parametrize("router", ["noisy", "hash", "sigmoid, groups and bias", "softmax, router bias"])
 def test_parameters_are_counted_whatever_the_router_holds(router):
     config = small_config(tree_of(router, {}))
     assert count_parameters(config.model).total == sum(p.numel() for p in plain_model(config).parameters())
+
+
+def test_router_bias_is_no_product_that_flops_would_count():
+    with_bias, without = (small_config(tree_of(name, {})).model for name in ("softmax, router bias", "softmax"))
+    assert count_parameters(with_bias).total > count_parameters(without).total
+    assert training_flops_per_token(with_bias, 9) == training_flops_per_token(without, 9)
 
 
 def test_noisy_router_spread_is_softplus_of_its_own_weights():
