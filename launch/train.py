@@ -65,6 +65,8 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     trainer.restore()
     recorder.open(trainer.step, config.train.steps, list_workers(process, mesh))
     recorder.message(f"{layout}; {process.device.type}, {torch.get_num_threads()} threads a rank")
+    for backend in {layer.experts.backend for _, layer in trainee.model.moe_layers()}:
+        recorder.message(f"experts multiply by the {backend!r} back end (model.moe.backend={config.model.moe.backend})")
 
     if process.rank == 0:
         shutil.copyfile(build_dir / TOKENIZER_NAME, Path(config.run.dir) / TOKENIZER_NAME)
