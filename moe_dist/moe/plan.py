@@ -199,6 +199,8 @@ def _rows_each(capacity: Capacity | None, shape: tuple[int, int, int], expert_TK
     """Rows of every expert where they are padded; the shape of the batch alone decides, whatever is padding in it."""
     if capacity is None or not capacity.pad:
         return None
+    if not shape[0]:
+        return 0  # of an empty batch not even `min_capacity` rows: there is no token that an empty row could read
     everybody = torch.ones(shape[:2], dtype=torch.bool, device=expert_TK.device)
     return int(_limits(capacity, everybody, (expert_TK.shape[1], shape[2])).sum())
 

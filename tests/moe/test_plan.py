@@ -133,34 +133,46 @@ def test_capacity_rows_are_the_ceiling_of_the_exact_product(factor):
     factor=st.sampled_from([None, 0.5, 1.0, 1.7]),
     policy=st.sampled_from(POLICIES),
     asks=st.booleans(),
+    by_rank=st.booleans(),
+    pad=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_plan_any_routing_keeps_its_invariants(batch, length, experts, factor, policy, asks, seed):
+def test_plan_any_routing_keeps_its_invariants(batch, length, experts, factor, policy, asks, by_rank, pad, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(batch * length, experts, generator=generator)
     chosen = scores.topk(2).indices
     counted = torch.rand(batch, length, generator=generator) > 0.3
-    capacity = None if factor is None else Capacity(factor, 1, policy)
+    capacity = None if factor is None else Capacity(factor, 1, policy, by_rank=by_rank, pad=pad)
     asks_TK = torch.rand(chosen.shape, generator=generator) > 0.3 if asks else torch.ones_like(chosen, dtype=torch.bool)
     shape = (batch, length, experts)
     plan = make_plan(chosen, scores.gather(1, chosen), counted, shape, capacity, asks_TK if asks else None)
     wanted_TK = asks_TK & counted.reshape(-1, 1)
-    expert_of_row = chosen.reshape(-1)[plan.slot_N]
+    full_N = torch.nonzero(plan.slot_N >= 0).flatten()
+    slot_N = plan.slot_N[full_N]
+    expert_of_row = chosen.reshape(-1)[slot_N]
     assert torch.equal(expert_of_row, expert_of_row.sort().values)
     assert torch.equal(torch.bincount(expert_of_row, minlength=experts), plan.served_E)
     assert torch.equal(plan.demand_E, torch.bincount(chosen[wanted_TK], minlength=experts))
-    assert int(plan.kept_TK.sum()) == plan.slot_N.numel()
-    assert torch.equal(plan.row_TK.reshape(-1)[plan.slot_N], torch.arange(plan.slot_N.numel()))
+    assert int(plan.kept_TK.sum()) == slot_N.numel()
+    assert torch.equal(plan.row_TK.reshape(-1)[slot_N], full_N)
+    owner_N = torch.arange(experts).repeat_interleave(plan.rows_E)
+    assert torch.equal(owner_N[full_N], expert_of_row), "a row lies in the part of its expert"
+    values = torch.arange(1.0, chosen.numel() + 1).view_as(chosen)
+    assert torch.equal(plan.to_slots(plan.of_rows(values)), values * plan.kept_TK), "there and back"
+    if capacity is not None and pad:
+        whole = torch.full((batch,), length) if not by_rank else torch.tensor([batch * length])
+        assert plan.rows_each == (int(capacity.rows(whole, 2, experts).sum()) if batch else 0)
+    else:
+        assert plan.slot_N.numel() == slot_N.numel()
     assert not bool((plan.kept_TK & ~wanted_TK).any())
     if capacity is None:
         assert torch.equal(plan.kept_TK, wanted_TK)
     if capacity is not None:
-        for b in range(batch):
-            limit = int(capacity.rows(counted[b].sum()[None], 2, experts))
-            kept = plan.kept_TK.view(batch, length, 2)[b]
-            taken = torch.bincount(chosen.view(batch, length, 2)[b][kept], minlength=experts)
+        groups = [list(range(batch))] if by_rank else [[b] for b in range(batch)]
+        for group in groups:
+            limit = int(capacity.rows(counted[group].sum()[None], 2, experts))
+            part, wanted = chosen.view(batch, length, 2)[group], wanted_TK.view(batch, length, 2)[group]
+            taken = torch.bincount(part[plan.kept_TK.view(batch, length, 2)[group]], minlength=experts)
             assert int(taken.max()) <= limit
-            asked = torch.bincount(
-                chosen.view(batch, length, 2)[b][wanted_TK.view(batch, length, 2)[b]], minlength=experts
-            )
+            asked = torch.bincount(part[wanted], minlength=experts)
             assert torch.equal(taken, asked.clamp(max=limit)), "an expert with room drops nobody"
