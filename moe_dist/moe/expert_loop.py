@@ -26,7 +26,7 @@ from moe_dist.moe.activation import Activation
 from moe_dist.moe.dispatch import weighted_sum
 from moe_dist.moe.plan import RoutingPlan
 
-EXPERTS_PER_THREAD = 4
+EXPERTS_PER_THREAD = 8
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class _ExpertLoop(torch.autograd.Function):
                 grad_active_RF.mul_(gate_N[rows, None])
                 active_RF = active_RF * gate_N[rows, None]
             torch.mm(active_RF.T, grad_RD, out=grad_down[expert])
+            del active_RF, grad_RD  # experts of large width would otherwise set the peak of a whole step
             grad_hidden_RH = job.activation.backward(hidden_RH, by_product, grad_active_RF)
             torch.mm(grad_hidden_RH, first[expert].T, out=grad_rows[rows])
             torch.mm(x_RD.T, grad_hidden_RH, out=grad_first[expert])
