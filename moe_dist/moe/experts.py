@@ -66,6 +66,8 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: Tensor, counts_L: list[int]) -> Tensor:
         """Applies expert l to its `counts_L[l]` rows; the rows are sorted by expert. Returns [R, D]."""
+        told = sum(counts_L)
+        assert len(rows_RD) == told, f"{len(rows_RD)} rows for counts of {told}: what is left over would be garbage"
         kind = rows_RD.device.type
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.down.dtype
         rows_RD, first, down = (t.to(narrow) for t in (rows_RD, self.first, self.down))

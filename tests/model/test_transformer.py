@@ -7,9 +7,10 @@ import torch
 
 from moe_dist.model import Transformer
 from moe_dist.model.flops import count_parameters, training_flops_per_token
-from moe_dist.model.init import initial_value
+from moe_dist.model.init import initial_value, initialise
 from moe_dist.model.naming import global_tensors
 from moe_dist.model.rope import rope_table, rotate
+from moe_dist.moe.experts import Experts
 from tests.support.models import plain_model, random_rows, small_config
 from tests.support.tolerances import assert_close
 
@@ -97,6 +98,17 @@ def test_initial_experts_are_all_different():
             tensor = piece.of(model.get_parameter(piece.parameter).detach())
             seen.add((tuple(tensor.shape), tensor.flatten()[:4].numpy().tobytes()))
     assert len(seen) == 2 * 2 * 8
+
+
+def test_initial_experts_of_a_part_are_those_of_the_whole():
+    config = small_config()
+    whole, part = plain_model(config), Transformer(config.model)
+    for _, layer in part.moe_layers():
+        layer.experts = Experts(config.model.width, config.model.moe, range(3, 6))
+    initialise(part, 0, torch.device("cpu"), torch.float64)
+    for (_, mine), (_, theirs) in zip(part.moe_layers(), whole.moe_layers(), strict=True):
+        assert torch.equal(mine.experts.gate_up, theirs.experts.gate_up[3:6])
+        assert torch.equal(mine.experts.down, theirs.experts.down[3:6])
 
 
 def test_initial_residual_outputs_are_scaled_by_depth():

@@ -47,6 +47,14 @@ def test_experts_any_counts_equal_one_product_an_expert(backend, dtype, counts):
         assert_close(mine, theirs, "gradient")
 
 
+@pytest.mark.parametrize("backend", ["loop", "grouped", "reference"])
+def test_experts_refuse_rows_that_belong_to_no_expert(backend):
+    """A grouped product leaves them uninitialised, and so their gradients."""
+    module = experts_of(backend, torch.float32)
+    with pytest.raises(AssertionError, match="9 rows for counts of 8"):
+        module(torch.randn(9, 8), [3, 0, 5, 0])
+
+
 def test_experts_loop_gradients_agree_with_finite_differences():
     module = experts_of("loop", torch.float64)
     rows = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)

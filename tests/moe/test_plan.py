@@ -13,7 +13,7 @@ from moe_dist.moe.plan import Capacity, make_plan
 
 
 def plan_of(experts, probabilities=None, counted=None, shape=(1, 3, 3), capacity=None):
-    chosen = torch.tensor(experts)
+    chosen = torch.as_tensor(experts)
     weights = torch.ones(chosen.shape) if probabilities is None else torch.tensor(probabilities)
     mask = None if counted is None else torch.tensor(counted)
     return make_plan(chosen, weights, mask, shape, capacity)
@@ -176,3 +176,12 @@ def test_plan_any_routing_keeps_its_invariants(batch, length, experts, factor, p
             assert int(taken.max()) <= limit
             asked = torch.bincount(part[wanted], minlength=experts)
             assert torch.equal(taken, asked.clamp(max=limit)), "an expert with room drops nobody"
+
+
+def test_plan_counts_a_million_assignments_exactly():
+    tokens = 1_000_003
+    expert_TK = torch.zeros(tokens, 1, dtype=torch.int64)
+    expert_TK[::3] = 2
+    made = plan_of(expert_TK, shape=(1, tokens, 3))
+    assert made.demand_E.dtype == made.served_E.dtype == torch.int64
+    assert made.demand_E.tolist() == made.served_E.tolist() == [666_668, 0, 333_335]

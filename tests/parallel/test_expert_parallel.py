@@ -215,6 +215,9 @@ def planted(rank: int) -> dict[str, StepProof]:
         "expert gradients not summed over copies": mock.patch.object(
             gradients_module, "_sum_in_buckets", _sum_only(gradients_module._sum_in_buckets, 4)
         ),
+        "router gradients left on their rank": mock.patch.object(
+            gradients_module.Gradients, "__init__", _without_routers(gradients_module.Gradients.__init__)
+        ),
         "balance from the counts of this rank only": mock.patch(
             "moe_dist.parallel.apply.share_counts", _shares_nothing
         ),
@@ -237,6 +240,15 @@ def _sum_only(original: Any, group_size: int) -> Any:
     return sum_in_buckets
 
 
+def _without_routers(original: Any) -> Any:
+    def make(self: Any, model: Any, mesh: Any) -> None:
+        original(self, model, mesh)
+        routers = {id(parameter) for name, parameter in model.named_parameters() if name.endswith("router.weight")}
+        self.dense = [parameter for parameter in self.dense if id(parameter) not in routers]
+
+    return make
+
+
 def _shares_nothing(model: Any, mesh: Any) -> None:
     return None
 
@@ -254,6 +266,7 @@ EXPECTED_DIAGNOSIS = {
     "expert gradients over the expert degree": "experts",
     "dense gradients averaged over ranks": "embedding",
     "expert gradients not summed over copies": "experts",
+    "router gradients left on their rank": "router",
     "balance from the counts of this rank only": "balance",
     "rows left in order of arrival": "",  # a wrong expert changes everything from the first loss on
     "norm counts dense parameters once a rank": "grad_norm",
