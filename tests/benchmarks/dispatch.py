@@ -2,13 +2,15 @@
 
     python -m tests.benchmarks.dispatch [--quick] [--json]
 
-Every rank holds 2,048 tokens of width 512 (fp32) that choose k of 64 experts uniformly at random. Experts return their
-input, so that what is timed is the exchange and its bookkeeping alone. All dispatchers get the same tokens and take
-turns within each round, which ends when the slowest rank is done; the median over rounds is shown. Bytes are those
-which a forward pass really handed to collectives for other ranks, summed over ranks; `bytes_formula` is the closed
-formula. Ends with 1 where they differ, or where the de-duplicated dispatcher sends more than half of the plain bytes at
-k 8 on 4 ranks. `--json` ends with one object:
-{"rows": [{ranks, k, dispatch, bytes, bytes_formula, share_of_plain_bytes, milliseconds}]}.
+Every rank holds 2,048 tokens of width 512 (fp32) that choose k of 64 experts uniformly at random. Each dispatcher is
+timed twice: with experts that return their input, so that what is timed is the exchange and its bookkeeping alone, and
+with real ones (SwiGLU of width 128), beside which an exchange can be hidden. Two-level has nodes of half the ranks. All
+dispatchers get the same tokens and take turns within each round, which ends when the slowest rank is done; the median
+over rounds is shown. Bytes are those which a forward pass really handed to collectives for other ranks, summed over
+ranks; `bytes_formula` is the closed formula. Ends with 1 where they differ, or where the de-duplicated dispatcher sends
+more than half of the plain bytes at k 8 on 4 ranks. `--json` ends with one object:
+{"rows": [{ranks, k, dispatch, bytes, bytes_between_nodes, bytes_formula, share_of_plain_bytes, milliseconds,
+milliseconds_with_experts}]}.
 """
 
 from __future__ import annotations
@@ -26,17 +28,27 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moe_dist.moe.dispatch import Dispatcher
+from moe_dist.config import ModelConfig, MoEConfig, ParallelConfig
+from moe_dist.moe.dispatch import ApplyExperts, Dispatcher
+from moe_dist.moe.experts import Experts
 from moe_dist.moe.plan import RoutingPlan, make_plan
 from moe_dist.parallel.expert import build_dispatcher
-from moe_dist.parallel.mesh import Layout
-from moe_dist.parallel.wire import ItemBytes, expected_share_of_plain
+from moe_dist.parallel.mesh import Layout, build_mesh
+from moe_dist.parallel.wire import expected_share_of_plain
 from tests.support.gang import run_gang
 from tests.support.wire import Wire
 
 TOKENS, WIDTH, EXPERTS = 2048, 512, 64
 RANKS, CHOICES = (2, 4), (2, 8)
-DISPATCHERS = ("all_to_all", "all_gather", "deduplicated")
+EXPERT_WIDTH = 128
+DISPATCHERS = {
+    "all_to_all": ParallelConfig(),
+    "all_gather": ParallelConfig(dispatch="all_gather"),
+    "deduplicated": ParallelConfig(dispatch="deduplicated"),
+    "two_level": ParallelConfig(dispatch="two_level"),
+    "all_to_all, 2 parts": ParallelConfig(overlap_chunks=2),
+    "deduplicated, 2 parts": ParallelConfig(dispatch="deduplicated", overlap_chunks=2),
+}
 MOST_SHARE = 0.50  # of the plain bytes, de-duplicated, at k 8 on 4 ranks
 WARM_UP = 2
 
@@ -50,36 +62,47 @@ def inputs_of(rank: int, top_k: int) -> tuple[Tensor, Tensor, RoutingPlan]:
     return x_TD, gate_TK, make_plan(expert_TK, gate_TK, None, (1, TOKENS, EXPERTS), None)
 
 
-def one_pass(dispatcher: Dispatcher, x_TD: Tensor, gate_TK: Tensor, plan: RoutingPlan) -> float:
+def one_pass(dispatcher: Dispatcher, experts: ApplyExperts, given: tuple[Tensor, Tensor, RoutingPlan]) -> float:
     """Seconds of forward and backward, from when all ranks begin until all are done."""
+    x_TD, gate_TK, plan = given
     leaves = x_TD.detach().requires_grad_(), gate_TK.detach().requires_grad_()
     dist.barrier()
     started = time.perf_counter()
-    dispatched = dispatcher.dispatch(leaves[0], plan)
-    out_TD = dispatcher.combine(dispatched.rows_RD, leaves[1], plan, dispatched)
+    out_TD, _ = dispatcher.run(*leaves, plan, experts)
     out_TD.backward(x_TD)
     dist.barrier()
     return time.perf_counter() - started
 
 
+def returned(rows_RD: Tensor, counts_L: list[int]) -> Tensor:
+    """Experts that return their input."""
+    return rows_RD
+
+
 def measure(rank: int, ranks: int, rounds: int) -> list[dict[str, Any]]:
     """What one rank sent and how long each dispatcher took, for every k."""
-    owners = [Layout(ranks, ranks, EXPERTS).experts_of(place) for place in range(ranks)]
-    dispatchers: dict[str, Any] = {name: build_dispatcher(name, dist.group.WORLD, owners) for name in DISPATCHERS}
-    item, rows = ItemBytes(4 * WIDTH, 4 * WIDTH, 4), []
+    mesh = build_mesh(Layout(ranks, ranks, EXPERTS, ranks // 2), timeout_seconds=600)
+    moe = MoEConfig(num_experts=EXPERTS, expert_width=EXPERT_WIDTH)
+    model = ModelConfig(width=WIDTH, moe=moe)
+    dispatchers = {name: build_dispatcher(mesh, parallel, model) for name, parallel in DISPATCHERS.items()}
+    real = Experts(WIDTH, moe, mesh.experts_here)
+    for parameter in real.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    rows = []
     for top_k in CHOICES:
-        x_TD, gate_TK, plan = inputs_of(rank, top_k)
-        seconds: dict[str, list[float]] = {name: [] for name in DISPATCHERS}
+        given = inputs_of(rank, top_k)
+        seconds: dict[Any, list[float]] = {(name, kind): [] for name in dispatchers for kind in (returned, real)}
         for _ in range(WARM_UP + rounds):
-            for name, dispatcher in dispatchers.items():
-                seconds[name].append(one_pass(dispatcher, x_TD, gate_TK, plan))
+            for (name, kind), times in seconds.items():
+                times.append(one_pass(dispatchers[name], kind, given))
+        median = {key: 1000 * statistics.median(taken[WARM_UP:]) for key, taken in seconds.items()}
         for name, dispatcher in dispatchers.items():
-            with Wire(rank).tapped() as wire:
-                dispatched = dispatcher.dispatch(x_TD, plan)
-                dispatcher.combine(dispatched.rows_RD, gate_TK, plan, dispatched)
-            formula = dispatcher.bytes_sent(dispatched, item).total
-            row = {"ranks": ranks, "k": top_k, "dispatch": name, "bytes": wire.taken(), "bytes_formula": formula}
-            rows.append(row | {"milliseconds": 1000 * statistics.median(seconds[name][WARM_UP:])})
+            with Wire().tapped() as wire:
+                _, journey = dispatcher.run(*given, returned)
+            between = wire.to_other_nodes(ranks // 2)
+            row = {"ranks": ranks, "k": top_k, "dispatch": name, "bytes": wire.taken(), "bytes_between_nodes": between}
+            times = {"milliseconds": median[name, returned], "milliseconds_with_experts": median[name, real]}
+            rows.append(row | {"bytes_formula": journey.bytes_sent} | times)
     return rows
 
 
@@ -87,22 +110,35 @@ def over_ranks(found: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Bytes summed over ranks, with their share of the plain dispatcher's."""
     rows = []
     for parts in zip(*found, strict=True):
-        sums = {key: sum(part[key] for part in parts) for key in ("bytes", "bytes_formula")}
-        rows.append(parts[0] | sums | {"milliseconds": max(part["milliseconds"] for part in parts)})
+        sums = {key: sum(part[key] for part in parts) for key in ("bytes", "bytes_between_nodes", "bytes_formula")}
+        slowest = {key: max(part[key] for part in parts) for key in parts[0] if key.startswith("milliseconds")}
+        rows.append(parts[0] | sums | slowest)
     plain = {(r["ranks"], r["k"]): r["bytes"] for r in rows if r["dispatch"] == "all_to_all"}
     return [row | {"share_of_plain_bytes": row["bytes"] / plain[row["ranks"], row["k"]]} for row in rows]
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """The rows for a person."""
-    table = Table(title=f"dispatch and combine of {TOKENS} tokens a rank, D {WIDTH}, {EXPERTS} experts, fp32, gloo")
-    for title in ("ranks", "k", "dispatch", "MB forward", "formula", "share of plain", "ms forward + backward"):
-        table.add_column(title, justify="left" if title == "dispatch" else "right")
+    table = Table(title=f"forward + backward of {TOKENS} tokens a rank, D {WIDTH}, {EXPERTS} experts, fp32, gloo")
+    for title in (
+        "ranks",
+        "k",
+        "dispatch",
+        "MB forward",
+        "between nodes",
+        "formula",
+        "share of plain",
+        "ms exchange",
+        "ms with experts",
+    ):
+        table.add_column(title, justify="left" if title == "dispatch" else "right", no_wrap=title == "dispatch")
     for row in rows:
         same = "equal" if row["bytes"] == row["bytes_formula"] else str(row["bytes_formula"])
-        share, milliseconds = f"{row['share_of_plain_bytes']:.3f}", f"{row['milliseconds']:.0f}"
+        share = f"{row['share_of_plain_bytes']:.3f}"
+        times = f"{row['milliseconds']:.0f}", f"{row['milliseconds_with_experts']:.0f}"
+        megabytes = [f"{row[key] / 1e6:.2f}" for key in ("bytes", "bytes_between_nodes")]
         case = (str(row["ranks"]), str(row["k"]), row["dispatch"])
-        table.add_row(*case, f"{row['bytes'] / 1e6:.2f}", same, share, milliseconds)
+        table.add_row(*case, *megabytes, same, share, *times)
     return table
 
 
