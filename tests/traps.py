@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch.utils.checkpoint import CheckpointError
 
 from tests.moe import test_ledger, test_planted, test_planted_more
@@ -134,9 +134,11 @@ def _of_gang(
 
 def table_of(findings: list[Finding]) -> Table:
     """A row for every mistake, in the order of the traps; a trap without one has a row that says so."""
-    table = Table("#", "trap", "planted mistake", "test", "caught", title="Planted traps", show_lines=True)
+    headings = "#", "trap", "planted mistake", Column("test", overflow="fold"), "caught"
+    table = Table(*headings, title="Planted traps")
     for trap, text in TRAPS.items():
         mine = [finding for finding in findings if finding.trap == trap]
+        table.add_section()
         if not mine:
             table.add_row(str(trap), text, "[red]none", "", "[red]no")
         for place, finding in enumerate(mine):
