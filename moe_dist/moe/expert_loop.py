@@ -26,7 +26,7 @@ from moe_dist.moe.activation import Activation
 from moe_dist.moe.dispatch import weighted_sum
 from moe_dist.moe.plan import RoutingPlan
 
-EXPERTS_PER_THREAD = 8
+EXPERTS_PER_THREAD = 4
 
 
 @dataclass(frozen=True)
