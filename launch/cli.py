@@ -297,7 +297,7 @@ def _check_layout(config: Config, ranks: int) -> None:
     """Refuses an impossible layout before any process starts."""
     from moe_dist.parallel.mesh import choose_layout
 
-    choose_layout(config.parallel.expert, ranks, config.model.moe.num_experts)
+    choose_layout(config.parallel.expert, ranks, config.model.moe.num_experts, config.parallel.ranks_per_node)
 
 
 def _build(config: Config, use_ray: bool, display: Display) -> Path:

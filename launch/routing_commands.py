@@ -205,7 +205,7 @@ def _run(config: Config, ranks: int) -> dict[str, Any]:
     from launch.progress import follow, open_display
     from moe_dist.parallel.mesh import choose_layout
 
-    choose_layout(config.parallel.expert, ranks, config.model.moe.num_experts)
+    choose_layout(config.parallel.expert, ranks, config.model.moe.num_experts, config.parallel.ranks_per_node)
     with open_display() as display, _output_to_stderr():
         build_dir = build(config, False, lambda stage, done, total: display.update(stage, done, total, unit="bytes"))
         with follow(Path(config.run.dir), display):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from moe_dist.moe.decision import RoutingContext, RoutingDecision
 from moe_dist.moe.ledger import asked_experts
 from moe_dist.moe.router import HashRouter, Router
 from moe_dist.parallel.collectives import sum_ranks
-from moe_dist.parallel.mesh import build_mesh, choose_layout
+from moe_dist.parallel.mesh import build_mesh, choose_layout, ranks_of_node
 from moe_dist.runtime.process import Process
 from moe_dist.train import PROGRESS_FILE
 from moe_dist.train.routing_ledger import recorded_steps
@@ -66,7 +67,8 @@ def run_steps(config: Config, build_dir: Path, process: Process) -> dict[str, An
     Raises:
         MoeDistError: What the user can act on.
     """
-    layout = choose_layout(config.parallel.expert, process.world_size, config.model.moe.num_experts)
+    node = ranks_of_node(config.parallel, os.environ)
+    layout = choose_layout(config.parallel.expert, process.world_size, config.model.moe.num_experts, node)
     mesh = build_mesh(layout, config.launch.timeout_seconds)
     batches = RankBatches(config, build_dir, process)
     trainee = build_trainee(config, mesh, process.device)
