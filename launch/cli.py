@@ -295,9 +295,9 @@ def _run(config: Config, again: bool, as_json: bool, run: Callable[[Config, Disp
 
 def _check_layout(config: Config, ranks: int) -> None:
     """Refuses an impossible layout before any process starts."""
-    from moe_dist.parallel.mesh import choose_layout
+    from moe_dist.parallel.mesh import layout_of
 
-    choose_layout(config.parallel.expert, ranks, config.model.moe.num_experts, config.parallel.ranks_per_node)
+    layout_of(config, ranks, config.parallel.ranks_per_node)
 
 
 def _build(config: Config, use_ray: bool, display: Display) -> Path:

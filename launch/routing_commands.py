@@ -203,9 +203,9 @@ def _run(config: Config, ranks: int) -> dict[str, Any]:
     from data_pipeline.build import build
     from launch.local import run_local
     from launch.progress import follow, open_display
-    from moe_dist.parallel.mesh import choose_layout
+    from moe_dist.parallel.mesh import layout_of
 
-    choose_layout(config.parallel.expert, ranks, config.model.moe.num_experts, config.parallel.ranks_per_node)
+    layout_of(config, ranks, config.parallel.ranks_per_node)
     with open_display() as display, _output_to_stderr():
         build_dir = build(config, False, lambda stage, done, total: display.update(stage, done, total, unit="bytes"))
         with follow(Path(config.run.dir), display):

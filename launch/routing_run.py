@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ import torch
 from torch import Tensor
 
 from launch.interrupt import STOP_FILE
-from launch.train import RankBatches, build_trainee, list_workers
+from launch.train import RankBatches, build_trainee, list_workers, open_mesh
 from moe_dist.config import Config
 from moe_dist.model import Transformer
 from moe_dist.moe.decision import RoutingContext, RoutingDecision
 from moe_dist.moe.ledger import asked_experts
 from moe_dist.moe.router import HashRouter, Router
 from moe_dist.parallel.collectives import sum_ranks
-from moe_dist.parallel.mesh import build_mesh, choose_layout, ranks_of_node
 from moe_dist.runtime.process import Process
 from moe_dist.train import PROGRESS_FILE
 from moe_dist.train.routing_ledger import recorded_steps
@@ -67,9 +65,7 @@ def run_steps(config: Config, build_dir: Path, process: Process) -> dict[str, An
     Raises:
         MoeDistError: What the user can act on.
     """
-    node = ranks_of_node(config.parallel, os.environ)
-    layout = choose_layout(config.parallel.expert, process.world_size, config.model.moe.num_experts, node)
-    mesh = build_mesh(layout, config.launch.timeout_seconds)
+    mesh = open_mesh(config, process)
     batches = RankBatches(config, build_dir, process)
     trainee = build_trainee(config, mesh, process.device)
     follows = trainee.ledger.follows if trainee.ledger else None

@@ -27,7 +27,7 @@ from moe_dist.optim import build_adamw
 from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.collectives import gather_objects
 from moe_dist.parallel.gradients import Gradients
-from moe_dist.parallel.mesh import Mesh, build_mesh, choose_layout, ranks_of_node
+from moe_dist.parallel.mesh import Mesh, build_mesh, layout_of, ranks_of_node
 from moe_dist.runtime.process import Process
 from moe_dist.runtime.profiling import measure_gemm_peak
 from moe_dist.train.evaluate import HeldOut
@@ -51,9 +51,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     Raises:
         MoeDistError: What the user can act on.
     """
-    node = ranks_of_node(config.parallel, os.environ)
-    layout = choose_layout(config.parallel.expert, process.world_size, config.model.moe.num_experts, node)
-    mesh = build_mesh(layout, config.launch.timeout_seconds)
+    mesh = open_mesh(config, process)
 
     batches = RankBatches(config, build_dir, process)
     held_out = load_held_out(config, build_dir, process)
@@ -64,7 +62,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     trainer = Trainer(trainee, batches, held_out, recorder)
     trainer.restore()
     recorder.open(trainer.step, config.train.steps, list_workers(process, mesh))
-    recorder.message(f"{layout}; {process.device.type}, {torch.get_num_threads()} threads a rank")
+    recorder.message(f"{mesh.layout}; {process.device.type}, {torch.get_num_threads()} threads a rank")
     for backend in {layer.experts.backend for _, layer in trainee.model.moe_layers()}:
         recorder.message(f"experts multiply by the {backend!r} back end (model.moe.backend={config.model.moe.backend})")
 
@@ -77,6 +75,12 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     if process.rank > 0:
         return {"status": status}
     return write_summary(config, build_dir, status, trainer)
+
+
+def open_mesh(config: Config, process: Process) -> Mesh:
+    """The groups of this run's processes; entered by all of them."""
+    layout = layout_of(config, process.world_size, ranks_of_node(config.parallel, os.environ))
+    return build_mesh(layout, config.launch.timeout_seconds)
 
 
 def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:

@@ -16,17 +16,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Column, Table
-from torch.utils.checkpoint import CheckpointError
 
 from tests.moe import test_ledger, test_planted, test_planted_more
 from tests.parallel import test_expert_parallel as gang
 from tests.support.gang import run_gang
 from tests.support.parallel_step import first_difference
+from tests.support.planted import failure_with
 
 TRAPS = {
     1: "expert gradients scaled by the expert-parallel degree",
@@ -73,7 +72,7 @@ class Finding:
     told: str
 
 
-def test_of(check: Callable[[], Any]) -> str:
+def name_of_test(check: Callable[[], Any]) -> str:
     """`file::test` of a check: itself, or the test that a wrapper calls."""
     if check.__name__.startswith("test_"):
         return f"{_file(check.__module__)}::{check.__name__}"
@@ -91,22 +90,11 @@ def one_process() -> Iterator[Finding]:
     tables = [test_planted.PLANTED, test_planted_more.PLANTED]
     tables.append({f"{trap} {name}": test_ledger.PLANTED[name] for name, trap in OF_LEDGER.items()})
     for table in tables:
-        for key, (where, name, mistake, check) in table.items():
+        for key, planted in table.items():
             number, _, text = key.partition(" ")
             if number.isdecimal():
-                check()
-                told = _failure(check, mock.patch.object(where, name, mistake))
-                yield Finding(int(number), text, test_of(check), told is not None, told or "")
-
-
-def _failure(check: Callable[[], Any], planted: Any) -> str | None:
-    """What a check says with a mistake in place; None where it sees nothing. Other errors get through."""
-    with planted:
-        try:
-            check()
-        except (AssertionError, ValueError, CheckpointError) as failure:
-            return (str(failure).strip() or type(failure).__name__).splitlines()[0]
-    return None
+                told = failure_with(planted)
+                yield Finding(int(number), text, name_of_test(planted[3]), told is not None, told or "")
 
 
 def several_ranks() -> Iterator[Finding]:
@@ -129,7 +117,7 @@ def _of_gang(
     assert told_of("none") is None, f"without a mistake: {told_of('none')}"
     for name, trap in traps.items():
         told = told_of(name) or ""
-        yield Finding(trap, name, test_of(test), bool(told) and diagnosis[name] in told, told)
+        yield Finding(trap, name, name_of_test(test), bool(told) and diagnosis[name] in told, told)
 
 
 def table_of(findings: list[Finding]) -> Table:

@@ -124,8 +124,8 @@ class MoEConfig(Section):
     )
     global_balance: Literal["exact", "micro_step", "running"] = key(
         "exact",
-        "Where balance_scope=global and micro-batches are accumulated: counts of the whole global batch, from a pass "
-        "that only counts; of this micro-batch over all ranks; or of the micro-batches so far.",
+        "Where balance_scope=global and micro-batches are accumulated: counts of the whole global batch, from a first "
+        "pass without gradient; of this micro-batch over all ranks; or of the micro-batches so far.",
     )
     group_balance_loss: float = key(
         0.0, "Coefficient of the balance loss over num_groups groups of experts (DeepSeek-V2, device level).", ge=0

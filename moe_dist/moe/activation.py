@@ -21,11 +21,11 @@ class Activation(Protocol):
 
     columns: int
 
-    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
-        """The activation [R, F], and a by-product that spares the backward work."""
+    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The activation [R, F], and the by-product [R, F] that spares a gated one work in the backward."""
         ...
 
-    def backward(self, hidden_RH: Tensor, by_product: Tensor, grad_RF: Tensor) -> Tensor:
+    def backward(self, hidden_RH: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> Tensor:
         """The gradient of the first product, [R, H]; may overwrite `grad_RF`."""
         ...
 
@@ -40,7 +40,8 @@ class SwiGLU:
         silu_RF = F.silu(gate_RF)
         return silu_RF * up_RF, silu_RF
 
-    def backward(self, hidden_RH: Tensor, by_product: Tensor, grad_RF: Tensor) -> Tensor:
+    def backward(self, hidden_RH: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> Tensor:
+        assert by_product is not None, "the forward returned silu(gate)"
         gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
         grad_RH = torch.empty_like(hidden_RH)
         grad_gate_RF, grad_up_RF = grad_RH.chunk(2, dim=-1)
@@ -54,10 +55,10 @@ class GELU:
 
     columns = 1
 
-    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
-        return F.gelu(hidden_RH), hidden_RH
+    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, None]:
+        return F.gelu(hidden_RH), None
 
-    def backward(self, hidden_RH: Tensor, by_product: Tensor, grad_RF: Tensor) -> Tensor:
+    def backward(self, hidden_RH: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> Tensor:
         return torch.ops.aten.gelu_backward(grad_RF, hidden_RH)
 
 
@@ -66,10 +67,10 @@ class ReLU:
 
     columns = 1
 
-    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
-        return F.relu(hidden_RH), hidden_RH
+    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, None]:
+        return F.relu(hidden_RH), None
 
-    def backward(self, hidden_RH: Tensor, by_product: Tensor, grad_RF: Tensor) -> Tensor:
+    def backward(self, hidden_RH: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> Tensor:
         return torch.ops.aten.threshold_backward(grad_RF, hidden_RH, 0)
 
 

@@ -18,21 +18,6 @@ from moe_dist.moe.plan import RoutingPlan
 ROWS_IN_CACHE = 1024  # 2 MB at width 512 in fp32
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows at their experts, and what is needed to bring the results back.
-
-    Attributes:
-        rows_RD: Inputs of the experts, sorted by expert.
-        counts_L: Rows of each expert here, on the host.
-        ticket: The dispatcher's own record of the way back.
-    """
-
-    rows_RD: Tensor
-    counts_L: list[int]
-    ticket: Any = None
-
-
 # Applies expert l to its `counts_L[l]` rows of [R, D], which are sorted by expert.
 ApplyExperts = Callable[[Tensor, list[int]], Tensor]
 

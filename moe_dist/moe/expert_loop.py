@@ -64,7 +64,7 @@ class _ExpertLoop(torch.autograd.Function):
         y_ND = x.new_empty(sum(job.counts_L), down.shape[2])
 
         def expert_forward(expert: int, rows: slice) -> None:
-            _, active_RF, _ = kept.fill(source.take(x, rows), first[expert], rows)
+            active_RF = kept.fill(source.take(x, rows), first[expert], rows)
             torch.mm(active_RF, down[expert], out=y_ND[rows])
 
         _for_each_expert(expert_forward, job.counts_L, x.device)
@@ -140,26 +140,26 @@ class _Kept:
         if job.recompute != "projections":
             hidden = x.new_empty(rows, first.shape[2])
         if job.recompute == "nothing":
-            by_product = x.new_empty(rows, down.shape[1])
-            active = torch.empty_like(by_product)
+            active = x.new_empty(rows, down.shape[1])
+            by_product = torch.empty_like(active) if job.activation.columns == 2 else None
         return _Kept(job, hidden, by_product, active)
 
-    def fill(self, x_RD: Tensor, first_DH: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """(first product, activation, by-product) of an expert's rows, kept as the job says."""
-        out = None if self.hidden is None else self.hidden[rows]
-        hidden_RH = torch.mm(x_RD, first_DH, out=out) if out is not None else x_RD @ first_DH
+    def fill(self, x_RD: Tensor, first_DH: Tensor, rows: slice) -> Tensor:
+        """The activation of an expert's rows; what leads to it is kept as the job says."""
+        hidden_RH = x_RD @ first_DH if self.hidden is None else torch.mm(x_RD, first_DH, out=self.hidden[rows])
         active_RF, by_product = self.job.activation.forward(hidden_RH)
-        if self.active is not None and self.by_product is not None:
+        if self.active is not None:
             self.active[rows] = active_RF
+        if self.by_product is not None and by_product is not None:
             self.by_product[rows] = by_product
-        return hidden_RH, active_RF, by_product
+        return active_RF
 
-    def read(self, x_RD: Tensor, first_DH: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The same in the backward: read where it was kept, computed again where not."""
+    def read(self, x_RD: Tensor, first_DH: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(first product, activation, by-product) in the backward: where they were kept, or computed again."""
         hidden_RH = x_RD @ first_DH if self.hidden is None else self.hidden[rows]
-        if self.active is not None and self.by_product is not None:
-            return hidden_RH, self.active[rows], self.by_product[rows]
-        return hidden_RH, *self.job.activation.forward(hidden_RH)
+        if self.active is None:
+            return hidden_RH, *self.job.activation.forward(hidden_RH)
+        return hidden_RH, self.active[rows], None if self.by_product is None else self.by_product[rows]
 
 
 def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], device: torch.device) -> None:

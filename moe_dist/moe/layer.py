@@ -87,7 +87,7 @@ class MoELayer(nn.Module):
         batch, length, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
         decision = self.router(x_TD, context)
-        follow = None if context is None else context.followed(self.router.layer)
+        follow = None if context is None else context.followed(self.number)
         plan = self._plan(decision, (batch, length), counted_BS, follow)
         out_TD, journey = self._through_experts(x_TD, self._weights(decision, plan), plan)
         if self.shared is not None:

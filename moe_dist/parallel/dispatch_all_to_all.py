@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.moe.dispatch import Dispatched, combine_rows, gather_rows, weigh_ahead
+from moe_dist.moe.dispatch import combine_rows, gather_rows, weigh_ahead
 from moe_dist.moe.plan import RoutingPlan
 from moe_dist.parallel.collectives import arrived_rows, exchange_counts, start_rows
-from moe_dist.parallel.phases import Flight, PhasedDispatcher
+from moe_dist.parallel.phases import Dispatched, Flight, GroupDispatcher
 from moe_dist.parallel.wire import ItemBytes, Traffic, WireBytes, plain_bytes
 
 
@@ -48,18 +48,8 @@ class Ticket:
     arranged_order_R: Tensor
 
 
-class AllToAllDispatcher(PhasedDispatcher):
-    """Brings every row to the rank that holds its expert, over one expert group.
-
-    Args:
-        group: Ranks that own neighbouring experts.
-        experts_by_rank: Those of each.
-        weigh_input: Gate weights multiply what experts receive, not what they return.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, experts_by_rank: list[range], weigh_input: bool = False) -> None:
-        self.group, self.weigh_input = group, weigh_input
-        self.sizes = [len(experts) for experts in experts_by_rank]
+class AllToAllDispatcher(GroupDispatcher):
+    """Brings every row to the rank that holds its expert, over one expert group."""
 
     def announce(self, plan: RoutingPlan) -> Ticket:
         counts_WL = exchange_counts(plan.rows_E, self.sizes, self.group)

@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.moe.dispatch import Dispatched, weigh_rows
+from moe_dist.moe.dispatch import weigh_rows
 from moe_dist.moe.plan import RoutingPlan
 from moe_dist.parallel.choices import Arrivals, Departures, arrange_arrivals, encode_choices, list_departures
 from moe_dist.parallel.collectives import arrived_rows, exchange_integers, start_rows
 from moe_dist.parallel.fan import Fan, fan_in, fan_of_crossings, fan_out
-from moe_dist.parallel.phases import Flight, PhasedDispatcher
+from moe_dist.parallel.phases import Dispatched, Flight, GroupDispatcher
 from moe_dist.parallel.wire import ItemBytes, Traffic, WireBytes, token_bytes
 
 
@@ -52,18 +52,8 @@ class TokenTicket:
     arrivals: Arrivals
 
 
-class TokenDispatcher(PhasedDispatcher, ABC):
-    """Brings tokens with their choices and gates to ranks, and one sum per token and rank home.
-
-    Args:
-        group: Ranks that own neighbouring experts.
-        experts_by_rank: Those of each.
-        weigh_input: Gate weights multiply what experts receive, not what they return.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, experts_by_rank: list[range], weigh_input: bool = False) -> None:
-        self.group, self.weigh_input = group, weigh_input
-        self.sizes = [len(experts) for experts in experts_by_rank]
+class TokenDispatcher(GroupDispatcher, ABC):
+    """Brings tokens with their choices and gates to ranks, and one sum per token and rank home."""
 
     @abstractmethod
     def crossings(self, plan: RoutingPlan, departures: Departures) -> Tensor:

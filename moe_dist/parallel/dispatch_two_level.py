@@ -26,13 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.moe.dispatch import Dispatched
 from moe_dist.moe.plan import RoutingPlan
 from moe_dist.parallel.choices import Arrivals
 from moe_dist.parallel.collectives import arrived_rows
 from moe_dist.parallel.dispatch_by_token import TokenTicket
 from moe_dist.parallel.dispatch_deduplicated import DeduplicatedDispatcher
-from moe_dist.parallel.phases import Flight, PhasedDispatcher
+from moe_dist.parallel.phases import Dispatched, Flight, PhasedDispatcher
 from moe_dist.parallel.wire import ItemBytes, TwoLevelBytes, two_level_bytes
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from moe_dist.config import ParallelConfig
+from moe_dist.config import Config, ParallelConfig
 from moe_dist.errors import LayoutError
 
 
@@ -86,6 +86,15 @@ def choose_layout(asked_expert: int | None, ranks: int, num_experts: int, ranks_
         fix = f"parallel.ranks_per_node={_nearest(divisors, ranks_per_node)}"
         raise LayoutError("parallel.ranks_per_node", ranks_per_node, rule, fix)
     return Layout(ranks, expert, num_experts, ranks_per_node)
+
+
+def layout_of(config: Config, ranks: int, ranks_per_node: int | None) -> Layout:
+    """The layout that a config asks for on so many ranks.
+
+    Raises:
+        LayoutError: There is none.
+    """
+    return choose_layout(config.parallel.expert, ranks, config.model.moe.num_experts, ranks_per_node)
 
 
 def _nearest(legal: list[int], asked: int) -> int:

@@ -19,12 +19,28 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.moe.dispatch import ApplyExperts, Dispatched, Journey
+from moe_dist.moe.dispatch import ApplyExperts, Journey
 from moe_dist.moe.plan import RoutingPlan
 from moe_dist.parallel.collectives import Underway
 from moe_dist.parallel.wire import ItemBytes, TwoLevelBytes, WireBytes
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows at their experts, and what is needed to bring the results back.
+
+    Attributes:
+        rows_RD: Inputs of the experts, sorted by expert.
+        counts_L: Rows of each expert here, on the host.
+        ticket: The dispatcher's own record of the way back.
+    """
+
+    rows_RD: Tensor
+    counts_L: list[int]
+    ticket: Any = None
 
 
 @dataclass(frozen=True)
@@ -75,3 +91,17 @@ class PhasedDispatcher(ABC):
         y_RD = experts(dispatched.rows_RD, dispatched.counts_L)
         sent = self.bytes_sent(ticket, ItemBytes.of(x_TD, y_RD, gate_TK))
         return self.collect(self.send_back(y_RD, dispatched)), Journey(y_RD.shape[0], sent.total)
+
+
+class GroupDispatcher(PhasedDispatcher, ABC):
+    """One that exchanges over a single group.
+
+    Args:
+        group: Ranks that own neighbouring experts.
+        experts_by_rank: Those of each.
+        weigh_input: Gate weights multiply what experts receive, not what they return.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, experts_by_rank: list[range], weigh_input: bool = False) -> None:
+        self.group, self.weigh_input = group, weigh_input
+        self.sizes = [len(experts) for experts in experts_by_rank]

@@ -25,7 +25,7 @@ def test_every_trap_has_a_planted_mistake_that_its_gang_knows():
 def test_every_named_test_exists():
     for table in (traps.test_planted.PLANTED, traps.test_planted_more.PLANTED, traps.test_ledger.PLANTED):
         for *_, check in table.values():
-            file, _, name = traps.test_of(check).partition("::")
+            file, _, name = traps.name_of_test(check).partition("::")
             assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
 

@@ -18,28 +18,18 @@ from moe_dist.train.step import train_step
 from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
 from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step, parallel_trainee
+from tests.support.routers import ROUTERS
+from tests.support.tolerances import RELATIVE
 
-TOLERANCE = 1e-10
+TOLERANCE = RELATIVE[torch.float64]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gshard, choice-major": {"router": "gshard", "capacity_factor": 1.0, "drop_policy": "position_choice_major"},
-    "noisy": {"router": "noisy_topk"},
+    "noisy": ROUTERS["noisy"],
     "jitter, global balance": {"input_jitter": 0.2, "balance_scope": "global"},
-    "expert choice": {
-        "router": "expert_choice",
-        "normalize_gates": False,
-        "capacity_factor": 1.0,
-        "capacity_factor_eval": 1.0,
-        "balance_loss": 0.0,
-    },
-    "hash": {"router": "hash", "balance_loss": 0.0, "z_loss": 0.0},
-    "sigmoid, groups, bias": {
-        "router": "sigmoid_topk",
-        "num_groups": 4,
-        "groups_per_token": 2,
-        "selection_bias": True,
-        "bias_update_rate": 0.05,
-    },
+    "expert choice": ROUTERS["expert choice"],
+    "hash": ROUTERS["hash"],
+    "sigmoid, groups, bias": {**ROUTERS["sigmoid, groups, bias"], "bias_update_rate": 0.05},
 }
 
 

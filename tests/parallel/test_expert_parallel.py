@@ -22,6 +22,7 @@ from moe_dist.parallel.fan import Fan, fan_in
 from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
 from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step
+from tests.support.routers import ROUTERS
 from tests.support.tolerances import RELATIVE
 
 TOLERANCE = RELATIVE[torch.float64]
@@ -59,47 +60,21 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two experts": ({"num_experts": 2, "top_k": 2}, {}),
     "every expert": ({"top_k": 8}, {}),
     "switch, capacity choice-major": (
-        {
-            "router": "switch",
-            "top_k": 1,
-            "normalize_gates": False,
-            "capacity_factor": 1.0,
-            "drop_policy": "position_choice_major",
-        },
+        {**ROUTERS["switch"], "capacity_factor": 1.0, "drop_policy": "position_choice_major"},
         {},
     ),
-    "gshard, capacity": ({"router": "gshard", "capacity_factor": 1.0, "drop_policy": "position_choice_major"}, {}),
-    "noisy with jitter, weighed ahead": ({"router": "noisy_topk", "input_jitter": 0.1, "weigh": "input"}, {}),
+    "gshard, capacity": (
+        {**ROUTERS["gshard"], "capacity_factor": 1.0, "drop_policy": "position_choice_major"},
+        {},
+    ),
+    "noisy with jitter, weighed ahead": ({**ROUTERS["noisy"], "input_jitter": 0.1, "weigh": "input"}, {}),
     "sigmoid with groups and bias, gelu in a latent space": (
-        {
-            "router": "sigmoid_topk",
-            "num_groups": 4,
-            "groups_per_token": 2,
-            "selection_bias": True,
-            "activation": "gelu",
-            "latent_width": 6,
-            "shared_expert_gate": True,
-        },
+        {**ROUTERS["sigmoid, groups, bias"], "activation": "gelu", "latent_width": 6, "shared_expert_gate": True},
         {},
     ),
-    "expert choice, capacity": (
-        {
-            "router": "expert_choice",
-            "normalize_gates": False,
-            "balance_loss": 0.0,
-            "capacity_factor": 1.0,
-            "capacity_factor_eval": 1.0,
-        },
-        {"prompts": []},
-    ),
+    "expert choice, capacity": (ROUTERS["expert choice"], {"prompts": []}),
     "hash, relu, projections again": (
-        {
-            "router": "hash",
-            "balance_loss": 0.0,
-            "z_loss": 0.0,
-            "activation": "relu",
-            "recompute_experts": "projections",
-        },
+        {**ROUTERS["hash"], "activation": "relu", "recompute_experts": "projections"},
         {},
     ),
     "padded to its capacity": (
