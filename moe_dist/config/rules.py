@@ -323,6 +323,18 @@ def _precision_rules(config: Config) -> Iterator[ConfigError]:
             "torch.nn.functional.grouped_mm has no fp64; train.precision is fp64",
             "model.moe.backend=loop",
         )
+    whole = 8 if config.train.precision == "bf16" else 4
+    moe = config.model.moe
+    widths = {"model.moe.expert_width": moe.expert_width}
+    widths |= {"model.moe.latent_width": moe.latent_width} if moe.latent_width else {"model.width": config.model.width}
+    for name, width in widths.items():
+        if moe.backend == "grouped" and width % whole:
+            yield ConfigError(
+                name,
+                width,
+                f"torch.nn.functional.grouped_mm takes rows of whole 16 bytes: multiples of {whole} channels",
+                f"{name}={-(-width // whole) * whole}, or model.moe.backend=auto",
+            )
 
 
 def _ledger_rules(config: Config) -> Iterator[ConfigError]:

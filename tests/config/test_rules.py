@@ -28,6 +28,10 @@ def hashed(**changed: object) -> dict:
 # The broken keys, then what the error must say: key, value, a part of the rule, and the whole fix.
 BROKEN = [
     (
+        {"model": {"moe": {"backend": "grouped", "expert_width": 13}}},
+        ("model.moe.expert_width", 13, "whole 16 bytes", "model.moe.expert_width=16, or model.moe.backend=auto"),
+    ),
+    (
         {"model": {"moe": {"shared_expert_gate": True, "shared_expert_width": 0}}},
         ("model.moe.shared_expert_gate", True, "no shared expert", "model.moe.shared_expert_gate=false"),
     ),
