@@ -1,6 +1,7 @@
 """What stands between an expert's two products, with its backward written out for the `loop` back end.
 
-Shape letters: R rows, F expert width, H columns of the first product (2F where it is gated, else F).
+Shape letters: R rows, F expert width, H columns of the first product (2F where it is gated, else F). The `loop` back
+end computes and keeps the first product in parts of F columns: whole rows of memory for what is elementwise.
 """
 
 from __future__ import annotations
@@ -16,62 +17,61 @@ class Activation(Protocol):
     """An elementwise function of the first product.
 
     Attributes:
-        columns: H / F.
+        parts: H / F.
     """
 
-    columns: int
+    parts: int
 
-    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, *parts_RF: Tensor) -> tuple[Tensor, Tensor | None]:
         """The activation [R, F], and the by-product [R, F] that spares a gated one work in the backward."""
         ...
 
-    def backward(self, hidden_RH: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> Tensor:
-        """The gradient of the first product, [R, H]; may overwrite `grad_RF`."""
+    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> list[Tensor]:
+        """The gradient of each part, [R, F]; may overwrite all it is given."""
         ...
 
 
 class SwiGLU:
     """`silu(gate) * up`; the first F columns are the gate. Source: Shazeer 2020 (GLU variants), equation 6."""
 
-    columns = 2
+    parts = 2
 
-    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
-        gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
+    def forward(self, *parts_RF: Tensor) -> tuple[Tensor, Tensor]:
+        gate_RF, up_RF = parts_RF
         silu_RF = F.silu(gate_RF)
         return silu_RF * up_RF, silu_RF
 
-    def backward(self, hidden_RH: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> Tensor:
+    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> list[Tensor]:
         assert by_product is not None, "the forward returned silu(gate)"
-        gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
-        grad_RH = torch.empty_like(hidden_RH)
-        grad_gate_RF, grad_up_RF = grad_RH.chunk(2, dim=-1)
-        torch.mul(grad_RF, by_product, out=grad_up_RF)
-        torch.ops.aten.silu_backward.grad_input(grad_RF.mul_(up_RF), gate_RF, grad_input=grad_gate_RF)
-        return grad_RH
+        gate_RF, up_RF = parts_RF
+        grad_up_RF, grad_silu_RF = by_product.mul_(grad_RF), up_RF.mul_(grad_RF)
+        return [torch.ops.aten.silu_backward.grad_input(grad_silu_RF, gate_RF, grad_input=gate_RF), grad_up_RF]
 
 
 class GELU:
     """The exact Gaussian error linear unit. Source: Hendrycks and Gimpel 2016."""
 
-    columns = 1
+    parts = 1
 
-    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, None]:
-        return F.gelu(hidden_RH), None
+    def forward(self, *parts_RF: Tensor) -> tuple[Tensor, None]:
+        (up_RF,) = parts_RF
+        return F.gelu(up_RF), None
 
-    def backward(self, hidden_RH: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_backward(grad_RF, hidden_RH)
+    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> list[Tensor]:
+        return [torch.ops.aten.gelu_backward(grad_RF, *parts_RF)]
 
 
 class ReLU:
     """The rectifier, as in Switch and GShard."""
 
-    columns = 1
+    parts = 1
 
-    def forward(self, hidden_RH: Tensor) -> tuple[Tensor, None]:
-        return F.relu(hidden_RH), None
+    def forward(self, *parts_RF: Tensor) -> tuple[Tensor, None]:
+        (up_RF,) = parts_RF
+        return F.relu(up_RF), None
 
-    def backward(self, hidden_RH: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> Tensor:
-        return torch.ops.aten.threshold_backward(grad_RF, hidden_RH, 0)
+    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> list[Tensor]:
+        return [torch.ops.aten.threshold_backward(grad_RF, *parts_RF, 0)]
 
 
 def activation_of(kind: str) -> Activation:

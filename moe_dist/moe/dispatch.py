@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.moe.plan import RoutingPlan
@@ -124,7 +125,9 @@ class _CombineRows(torch.autograd.Function):
 
 
 def weighted_sum(rows_ND: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
-    """`sum_k weight[t, k] * rows[row_TK[t, k]]` over kept choices, in the type of `weight_TK`."""
+    """`sum_k weight[t, k] * rows[row_TK[t, k]]` over kept choices in their order, in the type of `weight_TK`."""
+    if rows_ND.dtype == weight_TK.dtype and rows_ND.shape[0]:
+        return _bags(rows_ND, weight_TK, plan)
     tokens, top_k = plan.row_TK.shape
     out_TD = rows_ND.new_zeros((tokens, rows_ND.shape[1]), dtype=weight_TK.dtype)
     if rows_ND.shape[0] == 0:
@@ -135,7 +138,18 @@ def weighted_sum(rows_ND: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tenso
             if not plan.keeps_all:
                 picked_TD.masked_fill_(~plan.kept_TK[part, choice, None], 0)
             out_TD[part].addcmul_(picked_TD, weight_TK[part, choice, None])
+            del picked_TD  # before the next is picked
     return out_TD
+
+
+def _bags(rows_ND: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
+    """`weighted_sum` in one kernel, which takes rows and weights of one type only; it sums in the same order."""
+    if plan.keeps_all:
+        return F.embedding_bag(plan.row_TK, rows_ND, mode="sum", per_sample_weights=weight_TK)
+    count_T = plan.kept_TK.sum(-1)
+    start_T = count_T.cumsum(0) - count_T
+    kept_N = plan.row_TK[plan.kept_TK]
+    return F.embedding_bag(kept_N, rows_ND, start_T, mode="sum", per_sample_weights=weight_TK[plan.kept_TK])
 
 
 def _pieces(count: int, device: torch.device) -> list[slice]:

@@ -76,7 +76,7 @@ class _ExpertLoop(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
         x, gate_TK, first, down, *buffers = ctx.saved_tensors
         job: Job = ctx.job
-        source, kept = _Source.of(job), _Kept(job, *buffers)
+        source, kept = _Source.of(job), _Kept.again(job, buffers)
         grad_out = grads[0].contiguous()
         gate_N = None if gate_TK is None or job.plan is None else job.plan.of_rows(gate_TK)
         slope_N = None if gate_N is None else torch.empty_like(gate_N)
@@ -89,25 +89,30 @@ class _ExpertLoop(torch.autograd.Function):
 
         def expert_backward(expert: int, rows: slice) -> None:
             x_RD, grad_RD = source.take(x, rows), source.take(grad_out, rows)
-            hidden_RH, active_RF, by_product = kept.read(x_RD, first[expert], rows)
+            parts_RF, active_RF, by_product = kept.read(x_RD, first[expert], rows)
             grad_active_RF = grad_RD @ down[expert].T
             if gate_N is not None and slope_N is not None:
                 slope_N[rows] = torch.linalg.vecdot(active_RF, grad_active_RF)
-                grad_active_RF.mul_(gate_N[rows, None])
-                active_RF = active_RF * gate_N[rows, None]
+                # The gate multiplies what is D wide, not what is F wide: here, and where `grad_rows` are summed.
+                grad_RD.mul_(gate_N[rows, None])
+                x_RD.mul_(gate_N[rows, None])
             torch.mm(active_RF.T, grad_RD, out=grad_down[expert])
-            del active_RF, grad_RD  # experts of large width would otherwise set the peak of a whole step
-            grad_hidden_RH = job.activation.backward(hidden_RH, by_product, grad_active_RF)
-            torch.mm(grad_hidden_RH, first[expert].T, out=grad_rows[rows])
-            torch.mm(x_RD.T, grad_hidden_RH, out=grad_first[expert])
+            grads_RF = job.activation.backward(*parts_RF, by_product=by_product, grad_RF=grad_active_RF)
+            # What is not needed again goes at once: wide experts would otherwise set the peak of a whole step.
+            del parts_RF, active_RF, grad_RD, by_product, grad_active_RF
+            beta = 0
+            while grads_RF:
+                grad_RF = grads_RF.pop()
+                part = slice(len(grads_RF) * grad_RF.shape[1], (len(grads_RF) + 1) * grad_RF.shape[1])
+                torch.addmm(grad_rows[rows], grad_RF, first[expert, part], beta=beta, out=grad_rows[rows])
+                torch.mm(grad_RF.T, x_RD, out=grad_first[expert, part])
+                beta = 1
 
         with torch.autocast(x.device.type, enabled=False):
             _for_each_expert(expert_backward, job.counts_L, x.device)
             if job.plan is None or slope_N is None or gate_TK is None:
                 return grad_rows, None, grad_first, grad_down, None
-            ones_TK = torch.ones_like(gate_TK)
-            grad_gate_TK = job.plan.to_slots(slope_N)
-            return weighted_sum(grad_rows, ones_TK, job.plan), grad_gate_TK, grad_first, grad_down, None
+            return weighted_sum(grad_rows, gate_TK, job.plan), job.plan.to_slots(slope_N), grad_first, grad_down, None
 
 
 @dataclass(frozen=True)
@@ -126,40 +131,67 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What lies between forward and backward: nothing, the first product, or also its activation."""
+    """What lies between forward and backward: nothing, the first product, or also its activation.
+
+    Where the graph is kept for another backward, `read` hands out copies; else what was kept may be overwritten.
+    """
 
     job: Job
     hidden: Tensor | None = None
     by_product: Tensor | None = None
     active: Tensor | None = None
+    copies: bool = False
 
     @staticmethod
     def empty(x: Tensor, first: Tensor, down: Tensor, job: Job) -> _Kept:
-        rows = sum(job.counts_L)
+        shape_NF = (sum(job.counts_L), down.shape[1])
         hidden = by_product = active = None
         if job.recompute != "projections":
-            hidden = x.new_empty(rows, first.shape[2])
+            hidden = x.new_empty(job.activation.parts, *shape_NF)
         if job.recompute == "nothing":
-            active = x.new_empty(rows, down.shape[1])
-            by_product = torch.empty_like(active) if job.activation.columns == 2 else None
+            active = x.new_empty(shape_NF)
+            by_product = torch.empty_like(active) if job.activation.parts == 2 else None
         return _Kept(job, hidden, by_product, active)
 
-    def fill(self, x_RD: Tensor, first_DH: Tensor, rows: slice) -> Tensor:
+    @staticmethod
+    def again(job: Job, buffers: list[Tensor | None]) -> _Kept:
+        """What `empty` made, in the backward."""
+        hidden, by_product, active = buffers
+        return _Kept(job, hidden, by_product, active, torch._C._autograd._get_current_graph_task_keep_graph())
+
+    def fill(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> Tensor:
         """The activation of an expert's rows; what leads to it is kept as the job says."""
-        hidden_RH = x_RD @ first_DH if self.hidden is None else torch.mm(x_RD, first_DH, out=self.hidden[rows])
-        active_RF, by_product = self.job.activation.forward(hidden_RH)
+        active_RF, by_product = self.job.activation.forward(*self._parts(x_RD, first_HD, rows))
         if self.active is not None:
             self.active[rows] = active_RF
         if self.by_product is not None and by_product is not None:
             self.by_product[rows] = by_product
         return active_RF
 
-    def read(self, x_RD: Tensor, first_DH: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(first product, activation, by-product) in the backward: where they were kept, or computed again."""
-        hidden_RH = x_RD @ first_DH if self.hidden is None else self.hidden[rows]
+    def read(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """(first product, activation, by-product) in the backward: where they were kept, or computed again.
+
+        First product and by-product are the caller's to overwrite.
+        """
+        if self.hidden is None:
+            parts_RF = self._parts(x_RD, first_HD, rows)
+        else:
+            parts_RF = [self._own(part_NF[rows]) for part_NF in self.hidden]
         if self.active is None:
-            return hidden_RH, *self.job.activation.forward(hidden_RH)
-        return hidden_RH, self.active[rows], None if self.by_product is None else self.by_product[rows]
+            return parts_RF, *self.job.activation.forward(*parts_RF)
+        by_product = None if self.by_product is None else self._own(self.by_product[rows])
+        return parts_RF, self.active[rows], by_product
+
+    def _own(self, kept: Tensor) -> Tensor:
+        return kept.clone() if self.copies else kept
+
+    def _parts(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> list[Tensor]:
+        """The first product, F columns a part, written where it is kept."""
+        weights_FD = first_HD.chunk(self.job.activation.parts)
+        if self.hidden is None:
+            return [x_RD @ weight_FD.T for weight_FD in weights_FD]
+        kept_NF = zip(weights_FD, self.hidden, strict=True)
+        return [torch.mm(x_RD, weight_FD.T, out=part_NF[rows]) for weight_FD, part_NF in kept_NF]
 
 
 def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], device: torch.device) -> None:

@@ -36,8 +36,8 @@ class Experts(nn.Module):
 
     Attributes:
         expert_ids: Global ids of the experts held here, in order.
-        gate_up: [L, D, 2F] for `swiglu`; the first F columns are the gate, the others the up projection. Else None.
-        up: [L, D, F] for `gelu` and `relu`. Else None.
+        gate_up: [L, 2F, D] for `swiglu`; the first F rows are the gate, the others the up projection. Else None.
+        up: [L, F, D] for `gelu` and `relu`. Else None.
         down: [L, F, D].
     """
 
@@ -47,14 +47,14 @@ class Experts(nn.Module):
         self.config = config
         self.activation = activation_of(config.activation)
         held, inner, width = len(self.expert_ids), config.expert_width, config.latent_width or width
-        gated = self.activation.columns == 2
-        self.gate_up = nn.Parameter(torch.empty(held, width, 2 * inner)) if gated else None
-        self.up = None if gated else nn.Parameter(torch.empty(held, width, inner))
+        gated = self.activation.parts == 2
+        self.gate_up = nn.Parameter(torch.empty(held, 2 * inner, width)) if gated else None
+        self.up = None if gated else nn.Parameter(torch.empty(held, inner, width))
         self.down = nn.Parameter(torch.empty(held, inner, width))
 
     @property
     def first(self) -> Tensor:
-        """Weights of the first product, [L, D, H]."""
+        """Weights of the first product, [L, H, D]."""
         weight = self.up if self.gate_up is None else self.gate_up
         assert weight is not None, "an expert has one first product"
         return weight
@@ -94,10 +94,10 @@ class Experts(nn.Module):
         return Job(counts_L, self.activation, self.config.recompute_experts, plan)
 
     def _by_autograd(self, rows_RD: Tensor, weights: tuple[Tensor, Tensor], product: Multiply) -> Tensor:
-        first, down = weights
+        first, down = weights[0].transpose(1, 2), weights[1]
 
         def second(hidden_RH: Tensor) -> Tensor:
-            return product(self.activation.forward(hidden_RH)[0], down)
+            return product(self.activation.forward(*hidden_RH.chunk(self.activation.parts, dim=-1))[0], down)
 
         match self.config.recompute_experts:
             case "nothing":
@@ -114,7 +114,7 @@ def choose_backend(asked: str, first: Tensor, down: Tensor) -> str:
     """
     if asked != "auto":
         return asked
-    whole_rows = all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in (first, down))
+    whole_rows = all(width * down.element_size() % 16 == 0 for width in (*first.shape[1:], down.shape[1]))
     return "grouped" if down.device.type == "cuda" and down.dtype != torch.float64 and whole_rows else "loop"
 
 

@@ -26,7 +26,7 @@ def moe_reference(
     """Computes the routed part of a layer (no shared expert) token by token.
 
     Args:
-        weights: `router` [E, D], `gate_up` [E, D, 2F] (or `up` [E, D, F]), `down` [E, F, D]; where there are any also
+        weights: `router` [E, D], `gate_up` [E, 2F, D] (or `up` [E, F, D]), `down` [E, F, D]; where there are any also
             `router_bias` [E], `noise` [E, D], `selection_bias` [E], `latent_in` [Z, D] and `latent_out` [D, Z].
         x_BSD: Input.
         counted_BS: False for padding.
@@ -115,9 +115,9 @@ def _token_output(
 
 def _expert(weights: dict[str, Tensor], x_D: Tensor, e: int, config: MoEConfig) -> Tensor:
     if config.activation == "swiglu":
-        gate_F, up_F = (x_D @ weights["gate_up"][e]).chunk(2)
+        gate_F, up_F = (weights["gate_up"][e] @ x_D).chunk(2)
         return (gate_F / (1 + torch.exp(-gate_F)) * up_F) @ weights["down"][e]
-    up_F = x_D @ weights["up"][e]
+    up_F = weights["up"][e] @ x_D
     if config.activation == "relu":
         return torch.where(up_F > 0, up_F, 0) @ weights["down"][e]
     return (up_F * 0.5 * (1 + torch.erf(up_F / math.sqrt(2)))) @ weights["down"][e]

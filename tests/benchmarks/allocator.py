@@ -10,7 +10,12 @@ import os
 import sys
 
 # Freed blocks stay with the process: no page is asked for twice. For clocks.
-KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+# Torch asks for large pages: with small ones a product waits for the address translation (docs/log.md).
+KEEP = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 # Blocks of 64 KiB and more go back when they are freed: resident memory is what is alive. For peak memory.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
 

@@ -33,6 +33,7 @@ def test_run_local_two_ranks_return_the_summary_and_have_their_environment(confi
     assert (summary["status"], summary["steps"]) == ("finished", 3)
     assert len({worker["pid"] for worker in summary["workers"]}) == 2
     assert int(summary["environment"]["MALLOC_TRIM_THRESHOLD_"]) >= 1 << 30
+    assert summary["environment"]["THP_MEM_ALLOC_ENABLE"] == "1"
     assert summary["environment"]["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert dict(os.environ) == before
 

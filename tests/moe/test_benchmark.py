@@ -91,12 +91,12 @@ def stacked(layer: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor, to
     """Router [E, D], gate and up [E, D, 2F], and down [E, F, D] of a peer."""
     if name == "torchtitan":
         inner = layer.routed_experts.inner_experts
-        gate_up = torch.cat([inner.w1_EFD, inner.w3_EFD], dim=1).transpose(1, 2)
+        gate_up = torch.cat([inner.w1_EFD, inner.w3_EFD], dim=1)
         return layer.router.gate.weight, gate_up, inner.w2_EDF.transpose(1, 2)
     if name == "litgpt":
-        gate_up = torch.stack([torch.cat([e.fc_1.weight, e.fc_2.weight]).T for e in layer.experts])
+        gate_up = torch.stack([torch.cat([e.fc_1.weight, e.fc_2.weight]) for e in layer.experts])
         return layer.gate.weight, gate_up, torch.stack([e.proj.weight.T for e in layer.experts])
-    return layer.gate.weight, layer.experts.gate_up_proj.transpose(1, 2), layer.experts.down_proj.transpose(1, 2)
+    return layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj.transpose(1, 2)
 
 
 @pytest.mark.parametrize("name", ["transformers grouped", "transformers eager", "torchtitan", "litgpt"])

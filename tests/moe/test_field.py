@@ -90,7 +90,7 @@ def layer_like(block: nn.Module, moe: dict[str, Any]) -> MoELayer:
     layer = MoELayer(D, MoEConfig(**tree), getattr(block, "shared_experts", None)).eval()
     with torch.no_grad():
         layer.router.weight.copy_(block.gate.weight)
-        layer.experts.gate_up.copy_(block.experts.gate_up_proj.transpose(1, 2))
+        layer.experts.gate_up.copy_(block.experts.gate_up_proj)
         layer.experts.down.copy_(block.experts.down_proj.transpose(1, 2))
         if layer.config.selection_bias:
             layer.router.selection_bias.copy_(block.gate.e_score_correction_bias)
@@ -208,10 +208,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate_up, self.down = nn.Parameter(torch.empty(D, 2 * F)), nn.Parameter(torch.empty(F, D))
+        self.gate_up, self.down = nn.Parameter(torch.empty(2 * F, D)), nn.Parameter(torch.empty(F, D))
 
     def forward(self, rows: Tensor) -> Tensor:
-        gate, up = (rows @ self.gate_up).chunk(2, dim=-1)
+        gate, up = (rows @ self.gate_up.T).chunk(2, dim=-1)
         return (nn.functional.silu(gate) * up) @ self.down
 
 
