@@ -295,7 +295,7 @@ def _run(config: Config, again: bool, as_json: bool, run: Callable[[Config, Disp
 
 def _check_layout(config: Config, ranks: int) -> None:
     """Refuses an impossible layout before any process starts."""
-    from moe_dist.parallel.mesh import layout_of
+    from moe_dist.parallel.layout import layout_of
 
     layout_of(config, ranks, config.parallel.ranks_per_node)
 

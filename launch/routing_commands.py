@@ -203,7 +203,7 @@ def _run(config: Config, ranks: int) -> dict[str, Any]:
     from data_pipeline.build import build
     from launch.local import run_local
     from launch.progress import follow, open_display
-    from moe_dist.parallel.mesh import layout_of
+    from moe_dist.parallel.layout import layout_of
 
     layout_of(config, ranks, config.parallel.ranks_per_node)
     with open_display() as display, _output_to_stderr():

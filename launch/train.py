@@ -27,7 +27,8 @@ from moe_dist.optim import build_adamw
 from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.collectives import gather_objects
 from moe_dist.parallel.gradients import Gradients
-from moe_dist.parallel.mesh import Mesh, build_mesh, layout_of, ranks_of_node
+from moe_dist.parallel.layout import layout_of, ranks_of_node
+from moe_dist.parallel.mesh import Mesh, build_mesh
 from moe_dist.runtime.process import Process
 from moe_dist.runtime.profiling import measure_gemm_peak
 from moe_dist.train.evaluate import HeldOut

@@ -26,6 +26,7 @@ from tests.parallel import test_expert_parallel as gang
 from tests.support.gang import run_gang
 from tests.support.parallel_step import first_difference
 from tests.support.planted import failure_with
+from tests.train import test_balance
 
 TRAPS = {
     1: "expert gradients scaled by the expert-parallel degree",
@@ -98,12 +99,20 @@ def one_process() -> Iterator[Finding]:
 
 
 def several_ranks() -> Iterator[Finding]:
-    """The mistakes planted in the steps of four ranks."""
+    """The mistakes planted in the steps of four ranks, and in the accumulating ones of two."""
     tests = gang.test_planted_mistakes_are_each_caught_where_they_are, OF_STEP, gang.EXPECTED_DIAGNOSIS
     yield from _of_gang(gang.planted, "global balance", *tests)
     by_token = gang.test_planted_mistakes_of_the_deduplicated_dispatcher_are_each_caught
     rest = by_token, OF_STEP_BY_TOKEN, gang.EXPECTED_DIAGNOSIS_BY_TOKEN
     yield from _of_gang(gang.planted_by_token, "seven experts, five a token, capacity", *rest)
+    steps = run_gang(test_balance.planted, 2)
+    assert test_balance.told_of("none", steps) is None, "the step without a mistake differs"
+    for name in test_balance.mistakes():
+        number, _, text = name.partition(" ")
+        if number.isdecimal():
+            told = test_balance.told_of(name, steps) or ""
+            where = f"{_file(test_balance.__name__)}::test_planted_mistakes_are_each_caught"
+            yield Finding(int(number), text, where, bool(told), told)
 
 
 def _of_gang(

@@ -169,6 +169,13 @@ class ParallelConfig(Section):
         "ranks",
         ge=1,
     )
+    tensor: int = key(
+        1,
+        "Ranks that share one copy of attention, dense feed-forward, embedding and output, and their tokens.",
+        "ranks",
+        ge=1,
+    )
+    expert_tensor: int = key(1, "Ranks that share each expert, cut by its width.", "ranks", ge=1)
     dispatch: Literal["all_to_all", "all_gather", "deduplicated", "two_level", "deepep"] = key(
         "all_to_all",
         "How tokens reach experts on other ranks: a row for every choice; every token to every rank; a token once to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_dist.config import ParallelConfig
+from moe_dist.errors import LayoutError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.expert import shard_experts, share_counts
 from moe_dist.parallel.mesh import Mesh
@@ -14,5 +15,8 @@ def parallelize(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> Non
     Order: experts are cut and the exchange swapped in, then counts are shared. The caller initialises the weights by
     global name and hands the result to `Gradients`.
     """
+    layout = mesh.layout
+    if layout.tensor > 1 or layout.expert_tensor > 1:
+        raise LayoutError("parallel.tensor", layout.tensor, "tensor parallelism is not built yet", "parallel.tensor=1")
     shard_experts(model, mesh, parallel)
     share_counts(model, mesh)

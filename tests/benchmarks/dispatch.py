@@ -33,7 +33,8 @@ from moe_dist.moe.dispatch import ApplyExperts, Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.plan import RoutingPlan, make_plan
 from moe_dist.parallel.expert import build_dispatcher
-from moe_dist.parallel.mesh import Layout, build_mesh
+from moe_dist.parallel.layout import Layout
+from moe_dist.parallel.mesh import build_mesh
 from moe_dist.parallel.wire import expected_share_of_plain
 from tests.support.gang import run_gang
 from tests.support.wire import Wire

@@ -27,7 +27,8 @@ from moe_dist.parallel.dispatch_deepep import DeepEPDispatcher, open_buffer
 from moe_dist.parallel.dispatch_overlapped import part_of_plan
 from moe_dist.parallel.dispatch_two_level import TwoLevelDispatcher
 from moe_dist.parallel.expert import build_dispatcher
-from moe_dist.parallel.mesh import Layout, Mesh, build_mesh
+from moe_dist.parallel.layout import Layout
+from moe_dist.parallel.mesh import Mesh, build_mesh
 from moe_dist.parallel.wire import TwoLevelBytes, WireBytes
 from tests.support import fake_deep_ep
 from tests.support.gang import run_gang

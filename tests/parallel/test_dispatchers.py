@@ -19,7 +19,8 @@ from moe_dist.config import ParallelConfig
 from moe_dist.parallel.choices import arrange_arrivals, crossing_tokens, encode_choices, list_departures
 from moe_dist.parallel.expert import build_dispatcher
 from moe_dist.parallel.fan import Fan, fan_in, fan_of_crossings, fan_out
-from moe_dist.parallel.mesh import Layout, Mesh, build_mesh
+from moe_dist.parallel.layout import Layout
+from moe_dist.parallel.mesh import Mesh, build_mesh
 from moe_dist.parallel.phases import PhasedDispatcher
 from moe_dist.parallel.wire import WireBytes, expected_share_of_plain
 from tests.support.gang import run_gang

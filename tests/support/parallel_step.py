@@ -16,7 +16,8 @@ from moe_dist.moe.randomness import Draw
 from moe_dist.objectives.language_modelling import language_modelling_sums
 from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.gradients import Gradients
-from moe_dist.parallel.mesh import build_mesh, choose_layout, ranks_of_node
+from moe_dist.parallel.layout import layout_of, ranks_of_node
+from moe_dist.parallel.mesh import build_mesh
 from moe_dist.train.step import Trainee, train_step
 from tests.support.models import dtype_of, plain_model
 from tests.support.tolerances import relative_error
@@ -64,7 +65,8 @@ def oracle_step(config: Config, rows: Tensor) -> StepProof:
 def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Trainee:
     """This rank's part of the model; SGD with learning rate 1 shows a wrong gradient scale, Adam would hide it."""
     node = ranks_of_node(config.parallel, {})
-    layout = choose_layout(expert, dist.get_world_size(), config.model.moe.num_experts, node)
+    asked = config.parallel.model_copy(update={"expert": expert})
+    layout = layout_of(config.model_copy(update={"parallel": asked}), dist.get_world_size(), node)
     mesh = build_mesh(layout, timeout_seconds=60)
     with torch.device("meta"):
         model = Transformer(config.model)

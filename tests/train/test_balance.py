@@ -314,16 +314,18 @@ def planted(rank: int) -> dict[str, Found]:
 CAUGHT_BY_TELEMETRY = {"4 pass that counts told as trained on", "18 rows of every rank in one slot"}
 
 
+def told_of(name: str, steps: list[dict[str, Found]]) -> str | None:
+    """What gives a planted mistake away: the telemetry of the step, or the first tensor that differs."""
+    difference = first_difference([step[name].proof for step in steps], giant(), TOLERANCE)
+    if name != "none" and name not in CAUGHT_BY_TELEMETRY:
+        return difference
+    figures, whole = steps[0][name].figures, steps[0]["none"].figures
+    same = same_telemetry(figures, whole) and figures.rank_rows.tolist() == whole.rank_rows.tolist()
+    return difference or (None if same else "the telemetry of the step")
+
+
 def test_planted_mistakes_are_each_caught():
     steps = [found["planted"] for found in steps_of(2)]
-    whole = steps_of(2)[0]["exact"][ROWS].figures
+    assert same_telemetry(steps[0]["none"].figures, steps_of(2)[0]["exact"][ROWS].figures)
     for name in mistakes():
-        difference = first_difference([step[name].proof for step in steps], giant(), TOLERANCE)
-        figures = steps[0][name].figures
-        same = same_telemetry(figures, whole) and figures.rank_rows.tolist() == whole.rank_rows.tolist()
-        if name == "none":
-            assert difference is None and same
-        elif name in CAUGHT_BY_TELEMETRY:
-            assert not same, f"not caught: {name}"
-        else:
-            assert difference is not None, f"not caught: {name}"
+        assert (told_of(name, steps) is None) == (name == "none"), name
