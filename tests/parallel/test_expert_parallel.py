@@ -148,7 +148,7 @@ LAYOUTS = {  # ranks: (expert degrees, rows)
 @cache
 def steps_of(ranks: int) -> list[dict[str, dict[Any, StepProof]]]:
     """What every rank of one gang found; the largest gang also takes the planted mistakes."""
-    return run_gang(steps_of_rank, ranks, ranks)
+    return run_gang(steps_of_rank, ranks, ranks, timeout_seconds=600)  # hundreds of steps, on a busy machine
 
 
 def steps_of_rank(rank: int, ranks: int) -> dict[str, dict[Any, StepProof]]:
