@@ -15,7 +15,7 @@ from moe_dist.checkpoint import pieces, store
 from moe_dist.checkpoint.agree import on_every_rank, on_first_rank
 from moe_dist.config import parse_config
 from moe_dist.errors import CheckpointError
-from moe_dist.model.naming import global_tensors
+from moe_dist.model.naming import Cut, global_tensors
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
 
@@ -80,7 +80,7 @@ def load_training_state(
         read = _reader(path, manifest, stack)
         for piece, tensors in pieces.pieces_here(model, optimizer):
             for kind, target in tensors.items():
-                read(f"{kind}/{piece.name}", target)
+                read(f"{kind}/{piece.name}", target, piece.cut)
         for name, buffer in pieces.buffers_here(model).items():
             read(name, buffer)
 
@@ -106,12 +106,12 @@ def load_model(path: Path, manifest: dict[str, Any], device: torch.device) -> Tr
     return model.eval()
 
 
-def _reader(path: Path, manifest: dict[str, Any], stack: ExitStack) -> Callable[[str, Tensor], None]:
+def _reader(path: Path, manifest: dict[str, Any], stack: ExitStack) -> Callable[..., None]:
     """A function that copies a named tensor into a target, opening each part once."""
     part_of = {name: part["file"] for part in manifest["parts"] for name in part["tensors"]}
     opened: dict[str, Any] = {}
 
-    def read(name: str, target: Tensor) -> None:
+    def read(name: str, target: Tensor, cut: Cut | None = None) -> None:
         if name not in part_of:
             rule = "the checkpoint holds every tensor of the model"
             raise CheckpointError(f"{path}: {name}", "missing", rule, "use a checkpoint of this model")
@@ -122,10 +122,11 @@ def _reader(path: Path, manifest: dict[str, Any], stack: ExitStack) -> Callable[
             value = opened[file].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path / file}: {name}", error, "the part is readable", "use an older one") from None
-        if value.shape != target.shape or value.dtype != target.dtype:
+        wanted = target.shape if cut is None else cut.whole_shape(target.shape)
+        if value.shape != wanted or value.dtype != target.dtype:
             found = f"{list(value.shape)} {value.dtype}"
-            rule = f"the model has {list(target.shape)} {target.dtype}"
+            rule = f"the model has {list(wanted)} {target.dtype}"
             raise CheckpointError(f"{path / file}: {name}", found, rule, "use the config the checkpoint was made with")
-        target.copy_(value)
+        target.copy_(value if cut is None else cut.take(value))
 
     return read

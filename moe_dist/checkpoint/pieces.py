@@ -16,6 +16,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.model.naming import GlobalTensor, global_buffers, global_tensors
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.tensor import gather_cut
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -47,7 +48,10 @@ def buffers_here(model: Transformer) -> dict[str, Tensor]:
 
 
 def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Tensor]:
-    """The named tensors that this rank writes: each exists on several ranks and is written by one of them."""
+    """The named tensors that this rank writes, whole: each exists on several ranks and is written by one of them.
+
+    Entered by all ranks: those that hold cuts of a tensor put it together, one tensor at a time.
+    """
     owned = buffers_here(model) if mesh.rank == 0 else {}
     dense = 0  # counted over dense pieces alone: ranks hold different numbers of experts
     for piece, tensors in pieces_here(model, optimizer):
@@ -56,8 +60,10 @@ def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Me
             dense += 1
         else:
             mine = piece.index % mesh.layout.expert_data == mesh.expert_copy
+            mine = mine and mesh.layout.expert_tensor_place(mesh.rank) == 0
+        whole = {f"{kind}/{piece.name}": gather_cut(piece, tensor, mesh) for kind, tensor in tensors.items()}
         if mine:
-            owned.update({f"{kind}/{piece.name}": tensor for kind, tensor in tensors.items()})
+            owned.update(whole)
     return owned
 
 

@@ -33,7 +33,9 @@ def initialise(model: Transformer, seed: int, device: torch.device, dtype: torch
     with torch.no_grad():
         for piece in global_tensors(model):
             target = piece.of(parameters[piece.parameter])
-            target.copy_(initial_value(piece.name, target.shape, model.config, seed))
+            shape = target.shape if piece.cut is None else piece.cut.whole_shape(target.shape)
+            value = initial_value(piece.name, shape, model.config, seed)
+            target.copy_(value if piece.cut is None else piece.cut.take(value))
         for buffer in global_buffers(model).values():
             buffer.zero_()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, number) for number in range(config.num_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        # Set by `parallel` where processes share the vocabulary: from hidden states and targets to nats [T].
+        self.nats_of: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(
         self,

@@ -26,23 +26,40 @@ class RoutingContext:
             other rank; or, with running global balance, those of earlier micro-batches. None where nothing is known.
         replay: Choices that are followed instead of choosing, by number of the block; they cover at least the tokens of
             this forward. A block that is not there, or all where it is None, chooses.
+        here: Which of the tokens, in a line, are routed by this process; None for all of them.
     """
 
     token_BS: Tensor
     draw: Draw | None = None
     demand: Mapping[int, Tensor] | None = None
     replay: Mapping[int, Choices] | None = None
+    here: slice | None = None
 
     @property
     def first_position(self) -> int:
-        """Position of the first token in the global batch; 0 outside training."""
+        """Position of the first of `token_BS` in the global batch; 0 outside training."""
         return 0 if self.draw is None else self.draw.first_row * self.token_BS.shape[1]
+
+    @property
+    def token_T(self) -> Tensor:
+        """Ids of the tokens that are routed here."""
+        token_T = self.token_BS.reshape(-1)
+        return token_T if self.here is None else token_T[self.here]
+
+    @property
+    def position_T(self) -> Tensor:
+        """Positions in the global batch of the tokens that are routed here, int64."""
+        assert self.draw is not None, "only tokens of a training step have positions"
+        batch, length = self.token_BS.shape
+        position_T = self.draw.positions_T(batch, length, self.token_BS.device)
+        return position_T if self.here is None else position_T[self.here]
 
     def followed(self, block: int) -> Choices | None:
         """The choices that a block is to follow for the tokens of this forward, or None where it chooses."""
         if self.replay is None or block not in self.replay:
             return None
-        return self.replay[block].part(self.first_position, self.token_BS.numel())
+        first = 0 if self.here is None else self.here.start
+        return self.replay[block].part(self.first_position + first, self.token_T.numel())
 
 
 @dataclass(frozen=True)

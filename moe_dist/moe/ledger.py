@@ -40,10 +40,10 @@ class Choices:
 
     @staticmethod
     def of(record: MoERecord, first: int) -> Choices:
-        """The choices of a forward whose first token stands at position `first`."""
+        """The choices of a forward whose micro-batch begins at position `first`."""
         decision = record.decision
         gate_TK = decision.gate_TK.detach().float()
-        return Choices(first, decision.expert_TK, record.plan.kept_TK, gate_TK, decision.asks_TK)
+        return Choices(first + record.first, decision.expert_TK, record.plan.kept_TK, gate_TK, decision.asks_TK)
 
     @property
     def end(self) -> int:

@@ -60,6 +60,21 @@ class RoutingPlan:
         """Whether every slot has a row, and every row a slot."""
         return self.rows_each is None and self.slot_N.numel() == self.row_TK.numel()
 
+    def part(self, first: int, last: int) -> RoutingPlan:
+        """The plan of the tokens from `first` up to `last`, counted from 0; its rows keep their order.
+
+        It does not know which of the choices without a row were demands: its `demand_E` is what it serves.
+        """
+        assert self.rows_each is None, "rows padded to a capacity are those of all tokens together"
+        experts, top_k = self.served_E.numel(), self.row_TK.shape[1]
+        here_N = (self.slot_N >= first * top_k) & (self.slot_N < last * top_k)
+        slot_P = self.slot_N[here_N] - first * top_k
+        expert_N = torch.arange(experts, device=here_N.device).repeat_interleave(self.served_E)
+        served_E = torch.bincount(expert_N[here_N], minlength=experts)
+        row_TK = torch.zeros_like(self.row_TK[first:last])
+        row_TK.view(-1)[slot_P] = torch.arange(slot_P.numel(), device=slot_P.device)
+        return RoutingPlan(slot_P, row_TK, self.kept_TK[first:last], served_E, served_E)
+
     def of_rows(self, value_TK: Tensor) -> Tensor:
         """The value of every row's slot, [N]; 0 for an empty row."""
         if self.rows_each is None:
@@ -179,6 +194,11 @@ def follow_plan(
         torch.bincount(expert_TK.reshape(-1)[slots], minlength=shape[2]) for slots in (asking_slots, kept_slots)
     )
     return _rows(expert_TK, kept_slots, demand_E, served_E, _rows_each(capacity, shape, expert_TK))
+
+
+def demand_of(expert_TK: Tensor, counted_T: Tensor | None, asks_TK: Tensor | None, num_experts: int) -> Tensor:
+    """Assignments to each expert before drops, int64 [E]."""
+    return torch.bincount(expert_TK.reshape(-1)[_asking_slots(expert_TK, counted_T, asks_TK)], minlength=num_experts)
 
 
 def _asking_slots(expert_TK: Tensor, counted_BS: Tensor | None, asks_TK: Tensor | None) -> Tensor:

@@ -117,7 +117,7 @@ class HashRouter(nn.Module):
         assert context is not None, "hash routing needs the token ids: pass a RoutingContext"
         exact = torch.promote_types(x_TD.dtype, torch.float32)
         follow = context.followed(self.layer)
-        return router_kinds.hash_routing(context.token_BS.reshape(-1), self.layer, self.config, exact, follow)
+        return router_kinds.hash_routing(context.token_T, self.layer, self.config, exact, follow)
 
 
 def _followed(context: RoutingContext | None, layer: int) -> Choices | None:
@@ -132,5 +132,4 @@ def _keys(context: RoutingContext | None) -> _Keys:
     assert context is not None and context.draw is not None, (
         "this router draws random numbers in training: pass a RoutingContext with a Draw, or call .eval()"
     )
-    batch, length = context.token_BS.shape
-    return context.draw, context.draw.positions_T(batch, length, context.token_BS.device)
+    return context.draw, context.position_T

@@ -66,6 +66,8 @@ def language_modelling_sums(
 
 def token_nats(model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
     """Cross-entropy of every target, fp32 or wider, [T]."""
+    if model.nats_of is not None:
+        return model.nats_of(hidden_BSD, targets_BS)
     logits_TV = model.logits(hidden_BSD).flatten(0, 1)
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     return F.cross_entropy(logits_TV, targets_BS.flatten(), reduction="none")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from moe_dist.config import ParallelConfig
-from moe_dist.errors import LayoutError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.expert import shard_experts, share_counts
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.tensor import cut_tensors
 
 
 def parallelize(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> None:
     """Turns a plain model on `meta` into this rank's part of the parallel one.
 
-    Order: experts are cut and the exchange swapped in, then counts are shared. The caller initialises the weights by
-    global name and hands the result to `Gradients`.
+    Order: tensors are cut, experts are cut and the exchange swapped in, then counts are shared. The caller initialises
+    the weights by global name and hands the result to `Gradients`.
     """
-    layout = mesh.layout
-    if layout.tensor > 1 or layout.expert_tensor > 1:
-        raise LayoutError("parallel.tensor", layout.tensor, "tensor parallelism is not built yet", "parallel.tensor=1")
+    cut_tensors(model, mesh)
     shard_experts(model, mesh, parallel)
     share_counts(model, mesh)

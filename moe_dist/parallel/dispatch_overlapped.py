@@ -20,7 +20,6 @@ from torch import Tensor
 
 from moe_dist.moe.dispatch import ApplyExperts, Journey
 from moe_dist.moe.plan import RoutingPlan
-from moe_dist.parallel.choices import expert_of_rows
 from moe_dist.parallel.phases import PhasedDispatcher
 from moe_dist.parallel.wire import ItemBytes
 
@@ -41,7 +40,7 @@ class OverlappedDispatcher:
         phases, cuts = self.phases, [x_TD.shape[0] * c // self.chunks for c in range(self.chunks + 1)]
         spans = list(pairwise(cuts))
         # All counts go before the first row, which would hold them up.
-        tickets = [phases.announce(part_of_plan(plan, *span)) for span in spans]
+        tickets = [phases.announce(plan.part(*span)) for span in spans]
         sizes = [last - first for first, last in spans]
         parts = list(zip(x_TD.split(sizes), gate_TK.split(sizes), tickets, strict=True))
         outbound, homebound, rows, sent = phases.launch(*parts[0]), [], 0, 0
@@ -55,17 +54,3 @@ class OverlappedDispatcher:
             rows += y_RD.shape[0]
             sent += phases.bytes_sent(ticket, ItemBytes.of(x_TD, y_RD, gate_TK)).total
         return torch.cat([phases.collect(flight) for flight in homebound]), Journey(rows, sent)
-
-
-def part_of_plan(plan: RoutingPlan, first: int, last: int) -> RoutingPlan:
-    """The plan of the tokens from `first` up to `last`, counted from 0; its rows keep their order.
-
-    Nobody asks a part for the demand before drops: its `demand_E` is what it serves.
-    """
-    top_k = plan.row_TK.shape[1]
-    here_N = (plan.slot_N >= first * top_k) & (plan.slot_N < last * top_k)
-    slot_P = plan.slot_N[here_N] - first * top_k
-    served_E = torch.bincount(expert_of_rows(plan)[here_N], minlength=plan.served_E.numel())
-    row_TK = torch.zeros_like(plan.row_TK[first:last])
-    row_TK.view(-1)[slot_P] = torch.arange(slot_P.numel(), device=slot_P.device)
-    return RoutingPlan(slot_P, row_TK, plan.kept_TK[first:last], served_E, served_E)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_dist.config import ModelConfig, ParallelConfig
+from moe_dist.config import ModelConfig, MoEConfig, ParallelConfig
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch import Dispatcher
 from moe_dist.moe.experts import Experts
@@ -16,6 +16,7 @@ from moe_dist.parallel.dispatch_deduplicated import DeduplicatedDispatcher
 from moe_dist.parallel.dispatch_deepep import DeepEPDispatcher, open_buffer
 from moe_dist.parallel.dispatch_overlapped import OverlappedDispatcher
 from moe_dist.parallel.dispatch_two_level import TwoLevelDispatcher
+from moe_dist.parallel.expert_tensor import CutExperts
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.phases import PhasedDispatcher
 
@@ -29,8 +30,14 @@ def shard_experts(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> N
     dispatcher = build_dispatcher(mesh, parallel, model.config)
     for _, layer in model.moe_layers():
         with torch.device("meta"):
-            layer.experts = Experts(model.config.width, layer.config, mesh.experts_here)
+            layer.experts = _experts_here(model.config.width, layer.config, mesh)
         layer.dispatcher = dispatcher
+
+
+def _experts_here(width: int, config: MoEConfig, mesh: Mesh) -> Experts:
+    if mesh.layout.expert_tensor > 1:
+        return CutExperts(width, config, mesh)
+    return Experts(width, config, mesh.experts_here)
 
 
 def build_dispatcher(mesh: Mesh, parallel: ParallelConfig, model: ModelConfig) -> Dispatcher:

@@ -1,7 +1,8 @@
 """Reducing gradients and measuring their global norm: dense and expert parameters, in one place.
 
-Every reduction is a plain sum over the ranks that saw different tokens (law 2): dense parameters over all ranks, expert
-parameters over the ranks that hold the same experts. Tokens of the ranks of one expert group already met at the expert.
+Every reduction is a plain sum over the ranks that saw different tokens (law 2): parameters that all ranks hold over all
+ranks, those that a tensor group shares over the ranks with the same cut, those of experts over the ranks that hold the
+same experts. Tokens of a tensor group already met at the cut, those of the ranks of one expert group at the expert.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.model.naming import stacked_parameters
+from moe_dist.model.naming import cut_of, stacked_parameters
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.mesh import Mesh
@@ -28,25 +29,29 @@ class Gradients:
         parameters = dict(model.named_parameters())
         self.mesh = mesh
         self.experts = [parameters[name] for name in stacked]
-        self.dense = [parameter for name, parameter in parameters.items() if name not in stacked]
+        self.cut = [p for name, p in parameters.items() if name not in stacked and cut_of(model, name)]
+        self.dense = [p for name, p in parameters.items() if name not in stacked and not cut_of(model, name)]
 
     def reduce(self) -> None:
         """Sums every gradient over the ranks that saw other tokens; a missing gradient counts as zero."""
-        for parameter in self.dense + self.experts:
+        for parameter in self.dense + self.cut + self.experts:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         _sum_in_buckets(self.dense, self.mesh.world)
+        _sum_in_buckets(self.cut, self.mesh.data)
         if self.mesh.layout.expert_data > 1:
             _sum_in_buckets(self.experts, self.mesh.expert_data)
 
     def norm(self) -> Tensor:
         """The 2-norm over all parameters of the whole model, each counted once; fp64 scalar, equal on all ranks."""
-        square = sum_ranks(_square(self.experts, self.dense[0].device), self.mesh.expert)
-        return (square + _square(self.dense, self.dense[0].device)).sqrt()
+        device = self.dense[0].device
+        square = sum_ranks(sum_ranks(_square(self.experts, device), self.mesh.expert), self.mesh.expert_tensor)
+        square += sum_ranks(_square(self.cut, device), self.mesh.tensor)
+        return (square + _square(self.dense, device)).sqrt()
 
     def scale(self, factor: Tensor) -> None:
         """Multiplies every gradient."""
-        for parameter in self.dense + self.experts:
+        for parameter in self.dense + self.cut + self.experts:
             assert parameter.grad is not None, "reduce() fills every gradient"
             parameter.grad.mul_(factor.to(parameter.grad.dtype))
 

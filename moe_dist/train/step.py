@@ -120,7 +120,7 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     ledger, place = trainee.ledger, Place(step, first_row, rows_everywhere)
     replay = ledger.open_step(rows, place) if ledger else None
     tally = _Tally(trainee, stop_asked)
-    passes = list(_passes(rows, config, Draw(config.seed, step, first_row), trainee.mesh.layout.ranks))
+    passes = list(_passes(rows, config, Draw(config.seed, step, first_row), trainee.mesh.layout.data))
     demand, followed = _decided_before(trainee, passes, replay)
     for (micro_batch, draw), follow in zip(passes, followed, strict=True):
         with autocast(config, rows.device):
@@ -146,11 +146,11 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
 
 
 def _place_in_batch(rows: Tensor, mesh: Mesh) -> tuple[int, int]:
-    """(place of the first row here among those of all ranks, in order of rank; rows of all ranks)."""
-    rows_W = torch.zeros(mesh.layout.ranks, dtype=torch.int64, device=rows.device)
-    rows_W[mesh.rank] = len(rows)
-    everywhere = sum_ranks(rows_W, mesh.world).tolist()
-    return sum(everywhere[: mesh.rank]), sum(everywhere)
+    """(place of the first row here among those of all ranks that read other rows, in order; rows of all of them)."""
+    rows_W = torch.zeros(mesh.layout.data, dtype=torch.int64, device=rows.device)
+    rows_W[mesh.data_place] = len(rows)
+    everywhere = sum_ranks(rows_W, mesh.data).tolist()
+    return sum(everywhere[: mesh.data_place]), sum(everywhere)
 
 
 def _passes(rows: Tensor, config: Config, draw: Draw, ranks: int) -> Iterator[tuple[Tensor, Draw]]:
@@ -216,7 +216,9 @@ class _Tally:
     def add(self, sums: LossSums) -> None:
         """Adds a micro-batch that is trained on."""
         for name in ("cross_entropy", "balance", "group_balance", "z"):
-            self.sums[name] += getattr(sums, name).detach()
+            # Ranks that share their tokens each know the whole cross-entropy, and their own part of the other terms.
+            if name != "cross_entropy" or self.mesh.tensor_place == 0:
+                self.sums[name] += getattr(sums, name).detach()
         for layer, record in enumerate(sums.records):
             self.sums["demand"][layer] += record.plan.demand_E
             self.sums["served"][layer] += record.plan.served_E

@@ -22,9 +22,9 @@ from torch import Tensor
 from moe_dist.config import ParallelConfig
 from moe_dist.errors import LayoutError
 from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher, weigh_rows
-from moe_dist.parallel import collectives, dispatch_all_to_all, dispatch_overlapped
+from moe_dist.moe.plan import RoutingPlan
+from moe_dist.parallel import collectives, dispatch_all_to_all
 from moe_dist.parallel.dispatch_deepep import DeepEPDispatcher, open_buffer
-from moe_dist.parallel.dispatch_overlapped import part_of_plan
 from moe_dist.parallel.dispatch_two_level import TwoLevelDispatcher
 from moe_dist.parallel.expert import build_dispatcher
 from moe_dist.parallel.layout import Layout
@@ -227,12 +227,12 @@ def _gradient_too_early(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _slots_off(plan: Any, first: int, last: int) -> Any:
-    right = part_of_plan(plan, first, last)
+    right = original_part(plan, first, last)
     return replace(right, slot_N=right.slot_N.flip(0), row_TK=right.slot_N.numel() - 1 - right.row_TK)
 
 
 def _not_from_zero(plan: Any, first: int, last: int) -> Any:
-    right = part_of_plan(plan, first, last)
+    right = original_part(plan, first, last)
     return replace(right, row_TK=plan.row_TK[first:last].clamp(max=max(right.slot_N.numel() - 1, 0)))
 
 
@@ -244,6 +244,7 @@ def _constant(value: Tensor) -> Tensor:
     return value.detach() + 0 * value  # its gradient is zero, not missing
 
 
+original_part = RoutingPlan.part
 gates_at_gateway = TwoLevelDispatcher.gates_at_gateway
 SLOW = (collectives.Voyage, "start", _start_slowly)
 FIRST = "idle experts, a rank of padding"
@@ -260,11 +261,11 @@ MISTAKES: dict[str, tuple[Trial, list[tuple[Any, str, Any]]]] = {
     ),
     "slots of a part in the wrong order": (
         Trial(FIRST, "deduplicated", chunks=2),
-        [(dispatch_overlapped, "part_of_plan", _slots_off)],
+        [(RoutingPlan, "part", _slots_off)],
     ),
     "rows of a part counted from the whole": (
         Trial(FIRST, "all_to_all", chunks=3),
-        [(dispatch_overlapped, "part_of_plan", _not_from_zero)],
+        [(RoutingPlan, "part", _not_from_zero)],
     ),
     "gates lost at the gateway": (
         Trial(FIRST, "two_level"),

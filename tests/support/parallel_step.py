@@ -19,6 +19,7 @@ from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.layout import Layout, layout_of, ranks_of_node
 from moe_dist.parallel.mesh import Mesh, build_mesh
+from moe_dist.parallel.tensor import gather_cut
 from moe_dist.train.step import Trainee, train_step
 from tests.support.models import dtype_of, plain_model
 from tests.support.tolerances import relative_error
@@ -106,16 +107,20 @@ def candidate_step(rank: int, config: Config, expert: int, rows_by_rank: list[Te
     def reduce_and_keep() -> None:
         reduce()
         for piece in pieces:
-            unclipped[piece.name] = piece.of(trainee.model.get_parameter(piece.parameter).grad).clone()
+            held = piece.of(trainee.model.get_parameter(piece.parameter).grad)
+            unclipped[piece.name] = gather_cut(piece, held, trainee.mesh).clone()
 
     trainee.gradients.reduce = reduce_and_keep  # type: ignore[method-assign]
-    figures = train_step(trainee, rows_by_rank[rank], 0)
+    figures = train_step(trainee, rows_by_rank[trainee.mesh.data_place], 0)
     names = ("loss", "cross_entropy", "balance", "z", "grad_norm")
     return StepProof(
         counts=torch.stack([figures.demand, figures.served]),
         scalars={name: getattr(figures, name) for name in names},
         gradients=unclipped,
-        weights={p.name: p.of(trainee.model.get_parameter(p.parameter).detach()).clone() for p in pieces},
+        weights={
+            p.name: gather_cut(p, p.of(trainee.model.get_parameter(p.parameter).detach()), trainee.mesh).clone()
+            for p in pieces
+        },
     )
 
 

@@ -1,0 +1,188 @@
+"""Tensor parallelism with sequence parallelism: attention, dense feed-forward, embedding and output are cut over the
+ranks of a tensor group, and so are the tokens between them.
+
+Shape letters: B sequences, S tokens of a sequence, T = B*S tokens, t = T / ranks tokens of this rank, D model width,
+V vocabulary.
+
+    tokens t  --gather-->  T  --[cut by heads or width]-->  partial sums T  --sum, scatter-->  tokens t
+
+Every rank of a tensor group reads the same rows. Between the cut parts it holds a run of their tokens: norms, router,
+shared expert and experts see each token on one rank, as they do under data parallelism. So whatever is not cut has a
+gradient that is summed over all ranks, and what is cut one that is summed over the ranks with the same cut; nothing is
+divided. Source: Korthikanti et al. 2022 (sequence parallelism), here over the tokens of all sequences in a line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.model.attention import Attention
+from moe_dist.model.block import Block
+from moe_dist.model.feed_forward import FeedForward
+from moe_dist.model.naming import Cut, GlobalTensor
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.layer import MoELayer
+from moe_dist.parallel.collectives import arrived_rows, start_rows
+from moe_dist.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """The tokens of a micro-batch, of which the ranks of a tensor group route a run each.
+
+    Attributes:
+        group: The tensor group.
+    """
+
+    group: dist.ProcessGroup
+
+    def here(self, count: int) -> slice:
+        """Which of `count` tokens are routed here; the layout lets the ranks divide them."""
+        share, place = count // dist.get_world_size(self.group), dist.get_rank(self.group)
+        return slice(place * share, (place + 1) * share)
+
+    def whole(self, held: Tensor) -> Tensor:
+        """Integers or numbers without gradient of all tokens, from those of the tokens here."""
+        kind = held.dtype
+        held = held.byte() if kind == torch.bool else held
+        parts = [torch.empty_like(held) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, held.detach().contiguous(), group=self.group)
+        return torch.cat(parts).to(kind)
+
+
+def cut_tensors(model: Transformer, mesh: Mesh) -> None:
+    """Leaves a model on `meta` this rank's cut of what is cut, and puts the exchange of tokens around it."""
+    group, parts, place = mesh.tensor, mesh.layout.tensor, mesh.tensor_place
+    if parts == 1:
+        return
+    with torch.device("meta"):
+        model.embedding = VocabularyEmbedding(model.config.vocab_size, model.config.width, group)
+        if model.output is not None:
+            model.output = _cut_linear(model.output, Cut(0, parts, place))
+        for block in model.blocks:
+            assert isinstance(block, Block), "a decoder is made of blocks"
+            for name in ("query", "key", "value"):
+                setattr(block.attention, name, _cut_linear(getattr(block.attention, name), Cut(0, parts, place)))
+            block.attention.output = _cut_linear(block.attention.output, Cut(1, parts, place))
+            _exchange_around(block.attention, group)
+            if isinstance(block.feed_forward, MoELayer):
+                block.feed_forward.tokens = SharedTokens(group)
+                continue
+            dense = block.feed_forward
+            dense.gate_up = _cut_linear(dense.gate_up, Cut(0, parts, place, sections=2))
+            dense.down = _cut_linear(dense.down, Cut(1, parts, place))
+            _exchange_around(dense, group)
+
+    def nats_of(hidden_1tD: Tensor, targets_BS: Tensor) -> Tensor:
+        logits_Tv = model.logits(gather_tokens(hidden_1tD.flatten(0, 1), group))
+        logits_Tv = logits_Tv.to(torch.promote_types(logits_Tv.dtype, torch.float32))
+        return vocabulary_nats(logits_Tv, targets_BS.flatten(), group)
+
+    model.nats_of = nats_of
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """The rows of an embedding whose ids fall to this rank; gives the tokens of this rank, [1, t, D]."""
+
+    def __init__(self, vocabulary: int, width: int, group: dist.ProcessGroup) -> None:
+        parts, place = dist.get_world_size(group), dist.get_rank(group)
+        super().__init__(vocabulary // parts, width)
+        self.group, self.first = group, place * (vocabulary // parts)
+        self.cuts = {"weight": Cut(0, parts, place)}
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        local_T = tokens_BS.reshape(-1) - self.first
+        inside_T = (local_T >= 0) & (local_T < self.num_embeddings)
+        rows_TD = F.embedding(local_T.where(inside_T, 0), self.weight).where(inside_T[:, None], 0)
+        return sum_and_scatter(rows_TD, self.group)[None]
+
+
+def gather_tokens(x_tD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tokens of all ranks of a group, [T, D], in order of rank; its gradient is summed and scattered."""
+    ranks = dist.get_world_size(group)
+    each = [x_tD.shape[0]] * ranks
+    return arrived_rows(start_rows(x_tD.repeat(ranks, 1), each, each, group))
+
+
+def sum_and_scatter(y_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Partial sums of all tokens, added up in order of rank where the tokens are, [t, D]."""
+    ranks = dist.get_world_size(group)
+    each = [y_TD.shape[0] // ranks] * ranks
+    return arrived_rows(start_rows(y_TD, each, each, group)).unflatten(0, (ranks, -1)).sum(0)
+
+
+def _cut_linear(whole: nn.Linear, cut: Cut) -> nn.Linear:
+    """A linear map without bias, of whose weight [out, in] this is a cut."""
+    rows, columns = whole.weight.shape
+    size = [rows, columns]
+    size[cut.dim] //= cut.parts
+    held = nn.Linear(size[1], size[0], bias=False)
+    held.cuts = {"weight": cut}  # type: ignore[assignment]
+    return held
+
+
+def _exchange_around(module: Attention | FeedForward, group: dist.ProcessGroup) -> None:
+    """Lets a module see all tokens and gives on the sums of those here."""
+
+    def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_TD = gather_tokens(given[0].flatten(0, 1), group)
+        if isinstance(module, FeedForward):
+            return (x_TD,)
+        length = given[1][0].shape[0]  # of the rotary table
+        return x_TD.view(-1, length, x_TD.shape[1]), *given[1:]
+
+    def after(_: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
+        return sum_and_scatter(out.reshape(-1, out.shape[-1]), group)[None]
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def vocabulary_nats(logits_Tv: Tensor, target_T: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Cross-entropy [T] of scores of which each rank has those of its share of the vocabulary, [T, V / ranks].
+
+    Scores are never gathered: the largest, the sum of exponentials and the score of the target are reduced. The result
+    is the same on all ranks, and each backward takes its gradient once.
+    """
+    return _VocabularyNats.apply(logits_Tv, target_T, group)
+
+
+class _VocabularyNats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_Tv: Tensor, target_T: Tensor, group: dist.ProcessGroup) -> Tensor:
+        size = logits_Tv.shape[1]
+        local_T = target_T - dist.get_rank(group) * size
+        inside_T = (local_T >= 0) & (local_T < size)
+        local_T = local_T.where(inside_T, 0)
+        top_T = logits_Tv.amax(-1)
+        dist.all_reduce(top_T, op=dist.ReduceOp.MAX, group=group)
+        shifted_Tv = logits_Tv - top_T[:, None]
+        told_T = shifted_Tv.gather(1, local_T[:, None])[:, 0].where(inside_T, 0)
+        exponential_Tv = shifted_Tv.exp_()
+        sums = torch.stack([exponential_Tv.sum(-1), told_T])
+        dist.all_reduce(sums, group=group)
+        ctx.save_for_backward(exponential_Tv.div_(sums[0][:, None]), local_T, inside_T)
+        return sums[0].log() - sums[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        probability_Tv, local_T, inside_T = ctx.saved_tensors
+        grad_Tv = probability_Tv * grads[0][:, None]
+        grad_Tv.scatter_add_(1, local_T[:, None], -(grads[0] * inside_T)[:, None])
+        return grad_Tv, None, None
+
+
+def gather_cut(piece: GlobalTensor, held: Tensor, mesh: Mesh) -> Tensor:
+    """The whole of a globally named tensor; entered by all ranks that share it, with their cuts of it."""
+    if piece.cut is None:
+        return held
+    group = mesh.tensor if piece.index is None else mesh.expert_tensor
+    parts = [torch.empty_like(held) for _ in range(piece.cut.parts)]
+    dist.all_gather(parts, held.contiguous(), group=group)
+    return piece.cut.join(parts)
