@@ -120,6 +120,33 @@ def simulate(
     _run(load_config(config, overrides or ()), again, as_json, run)
 
 
+@app.command()
+def layout(
+    config: ConfigPath,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of the run.", show_default=False)],
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines that share them evenly.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which rank holds which cut and which experts, and who talks to whom; starts nothing.
+
+    A layout that cannot work is refused with the rule it breaks and the nearest that can.
+
+    Example: moe-dist layout configs/demo.yaml --ranks 8 --nodes 2 parallel.tensor=2
+    """
+    from rich.console import Console
+
+    from launch.layout_command import describe, show
+
+    found = describe(load_config(config, overrides or ()), ranks, nodes)
+    if as_json:
+        _answer(True, found, "")
+    else:
+        show(found, Console())
+
+
 @data_app.command("build")
 def data_build(
     config: ConfigPath,

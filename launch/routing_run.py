@@ -66,7 +66,7 @@ def run_steps(config: Config, build_dir: Path, process: Process) -> dict[str, An
         MoeDistError: What the user can act on.
     """
     mesh = open_mesh(config, process)
-    batches = RankBatches(config, build_dir, process)
+    batches = RankBatches(config, build_dir, mesh)
     trainee = build_trainee(config, mesh, process.device)
     follows = trainee.ledger.follows if trainee.ledger else None
     drift = None if follows is None else Drift(trainee.model)

@@ -54,8 +54,8 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     """
     mesh = open_mesh(config, process)
 
-    batches = RankBatches(config, build_dir, process)
-    held_out = load_held_out(config, build_dir, process)
+    batches = RankBatches(config, build_dir, mesh)
+    held_out = load_held_out(config, build_dir, process.device, mesh)
 
     trainee = build_trainee(config, mesh, process.device)
 
@@ -96,16 +96,16 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
 
 
 class RankBatches:
-    """The loader's rows as tensors, with the loader's cursor."""
+    """The loader's rows as tensors, with the loader's cursor; ranks of a tensor group read the same rows."""
 
-    def __init__(self, config: Config, build_dir: Path, process: Process) -> None:
+    def __init__(self, config: Config, build_dir: Path, mesh: Mesh) -> None:
         self.loader = BatchLoader(
             TokenSplit(build_dir, "train"),
             config.data.sequence_length_tokens,
             config.train.global_batch_sequences,
             config.seed,
-            process.rank,
-            process.world_size,
+            mesh.data_place,
+            mesh.layout.data,
         )
 
     def __next__(self) -> torch.Tensor:
@@ -118,14 +118,14 @@ class RankBatches:
         self.loader.load_state_dict(state)
 
 
-def load_held_out(config: Config, build_dir: Path, process: Process) -> HeldOut:
+def load_held_out(config: Config, build_dir: Path, device: torch.device, mesh: Mesh) -> HeldOut:
     """This rank's share of the held-out rows, on its device."""
     split = TokenSplit(build_dir, "heldout")
     length, wanted = config.data.sequence_length_tokens, config.evaluate.sequences
-    rows = heldout_rows(split, length, wanted, process.rank, process.world_size)
+    rows = heldout_rows(split, length, wanted, mesh.data_place, mesh.layout.data)
     token_bytes = torch.from_numpy(open_tokenizer(build_dir).token_bytes())
-    most = -(-min(wanted, split.num_rows(length)) // process.world_size)
-    return HeldOut(torch.from_numpy(rows).to(process.device), most, token_bytes.to(process.device))
+    most = -(-min(wanted, split.num_rows(length)) // mesh.layout.data)
+    return HeldOut(torch.from_numpy(rows).to(device), most, token_bytes.to(device))
 
 
 def parameter_type(config: Config) -> torch.dtype:

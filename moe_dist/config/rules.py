@@ -338,6 +338,17 @@ def _precision_rules(config: Config) -> Iterator[ConfigError]:
 
 
 def _ledger_rules(config: Config) -> Iterator[ConfigError]:
+    for key, wanted in (
+        ("routing_ledger", config.train.routing_ledger == "record"),
+        ("routing_replay", config.train.routing_replay),
+    ):
+        if wanted and config.parallel.tensor > 1:
+            yield ConfigError(
+                "parallel.tensor",
+                config.parallel.tensor,
+                f"train.{key}: a ledger has whole rows of a rank, which the ranks of a tensor group share",
+                "parallel.tensor=1: the choices are the same",
+            )
     train, own = config.train, os.path.abspath(config.run.dir)
     replay = None if train.routing_replay is None else os.path.abspath(train.routing_replay)
     if train.routing_ledger == "record" and replay in (own, os.path.join(own, "routing")):

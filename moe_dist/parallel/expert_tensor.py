@@ -33,6 +33,10 @@ class CutExperts(Experts):
         first = "up" if self.gate_up is None else "gate_up"
         self.cuts = {first: Cut(0, parts, place, self.activation.parts), "down": Cut(0, parts, place)}
 
+    def takes_tokens(self, x_TD: Tensor) -> bool:
+        """Never: rows of other ranks come in between."""
+        return False
+
     def forward(self, rows_RD: Tensor, counts_L: list[int]) -> Tensor:
         """As of whole experts; entered by all ranks of the group."""
         gathered = gather_rows(rows_RD, counts_L, self.group)

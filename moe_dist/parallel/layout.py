@@ -185,7 +185,13 @@ def _problems(config: Config, ranks: int, degrees: _Degrees, node: int | None) -
         yield "expert_tensor", f"must divide the {ranks} ranks"
     if config.model.moe.expert_width % cut:
         yield "expert_tensor", f"must divide model.moe.expert_width ({config.model.moe.expert_width})"
-    experts = config.model.moe.num_experts
+    moe, experts = config.model.moe, config.model.moe.num_experts
+    if tensor > 1 and moe.router == "expert_choice":
+        yield "tensor", "must be 1 for model.moe.router=expert_choice: experts choose among all tokens of a micro-batch"
+    if tensor > 1 and moe.pad_to_capacity:
+        yield "tensor", "must be 1 for model.moe.pad_to_capacity: ranks of a tensor group share the rows of a capacity"
+    if cut > 1 and config.parallel.dispatch in ("two_level", "deepep"):
+        yield "expert_tensor", f"must be 1 for parallel.dispatch={config.parallel.dispatch}"
     if ranks % (expert * cut) or expert > experts:
         beside = f" over parallel.expert_tensor ({cut})" if cut > 1 else ""
         yield "expert", f"must divide the {ranks} ranks{beside} and not exceed model.moe.num_experts ({experts})"
