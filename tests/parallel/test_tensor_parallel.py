@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moe_dist.checkpoint import pieces
+from moe_dist.checkpoint.load import agree_on_newest, load_training_state
+from moe_dist.checkpoint.save import Saved, save_checkpoint
 from moe_dist.config import Config
+from moe_dist.parallel.tensor import gather_cut
+from moe_dist.train.step import Trainee, train_step
 from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
-from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step
+from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step, parallel_trainee
 from tests.support.routers import ROUTERS
 from tests.support.tolerances import RELATIVE
 
@@ -81,3 +87,109 @@ def test_every_cut_makes_the_step_of_one_process(ranks):
             assert not torch.equal(expected.counts[0], expected.counts[1]), "the case must drop something"
         difference = first_difference([found[variant, degrees] for found in steps_of(ranks)], expected, TOLERANCE)
         assert difference is None, f"{variant}, tensor, expert, expert-tensor {degrees} of {ranks}: {difference}"
+
+
+# name: (ranks, overrides of `parallel`)
+RUNS: dict[str, tuple[int, dict[str, int]]] = {
+    "one process": (1, {"expert": 1}),
+    "data 2, expert 2": (2, {"expert": 2}),
+    "tensor 2, expert 2": (2, {"tensor": 2, "expert": 2}),
+    "tensor 2, expert 2, expert-tensor 2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
+    "tensor 2, expert 4": (4, {"tensor": 2, "expert": 4}),
+}
+STEPS, ROWS_OF_STEP = 20, 8
+
+
+def run_config(parallel: dict[str, int]) -> Config:
+    train = {"precision": "fp32", "steps": STEPS, "global_batch_sequences": ROWS_OF_STEP, "micro_batch_sequences": 4}
+    moe = {"balance_loss": 0.02, "router": "softmax_topk", "selection_bias": True, "capacity_factor": 2.0}
+    optimizer = {"lr": 1e-3, "warmup_steps": 5}
+    model = {**MODEL, "init_std": 0.05}
+    return small_config(moe, model=model, train=train, parallel=parallel, optimizer=optimizer)
+
+
+def run_of(parallel: dict[str, int], root: str | None = None) -> dict[str, Any]:
+    """The losses of some steps with AdamW, and the routers as this rank has them then."""
+    config = run_config(parallel)
+    trainee = parallel_trainee(config, parallel["expert"], "adamw")
+    losses = []
+    for step in range(STEPS):
+        rows = random_rows(ROWS_OF_STEP, seed=step).tensor_split(trainee.mesh.layout.data)[trainee.mesh.data_place]
+        losses.append(train_step(trainee, rows, step).loss)
+    routers = {n: p.detach().clone() for n, p in trainee.model.named_parameters() if "router" in n or "norm" in n}
+    if root is not None:
+        saved = Saved(STEPS, config.model_dump(mode="json"), {})
+        save_checkpoint(Path(root), trainee.model, trainee.optimizer, trainee.mesh, saved, keep=1)
+    return {"losses": losses, "routers": routers, "state": whole_state(trainee)}
+
+
+def whole_state(trainee: Trainee) -> dict[str, torch.Tensor]:
+    """Weights and moments held here, each put together."""
+    return {
+        f"{kind}/{piece.name}": gather_cut(piece, tensor, trainee.mesh).clone()
+        for piece, tensors in pieces.pieces_here(trainee.model, trainee.optimizer)
+        for kind, tensor in tensors.items()
+    }
+
+
+def restored(parallel: dict[str, int], root: str) -> dict[str, torch.Tensor]:
+    trainee = parallel_trainee(run_config(parallel), parallel["expert"], "adamw")
+    path, manifest = agree_on_newest(Path(root), trainee.mesh, print)  # type: ignore[misc]
+    load_training_state(path, manifest, trainee.model, trainee.optimizer)
+    return whole_state(trainee)
+
+
+def runs_of_rank(rank: int, ranks: int, root: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, (wanted, parallel) in RUNS.items():
+        if wanted == ranks:
+            found[name] = run_of(parallel, root if "expert-tensor" in name else None)
+            if "tensor 2" in name:
+                found[f"{name}, again"] = run_of(parallel)
+    if ranks == 4:
+        other = {"tensor": 1, "expert": 4}, {"tensor": 2, "expert": 1}, {"tensor": 1, "expert": 1, "expert_tensor": 4}
+        found["restored"] = [restored(parallel, root) for parallel in other]
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    root = str(tmp_path_factory.mktemp("cut"))
+    return {ranks: run_gang(runs_of_rank, ranks, ranks, root, timeout_seconds=300) for ranks in (1, 2, 4)}
+
+
+def test_twenty_steps_have_the_losses_of_one_process(runs):
+    expected = runs[1][0]["one process"]["losses"]
+    for name, (ranks, _) in RUNS.items():
+        for found in runs[ranks]:
+            assert found[name]["losses"] == pytest.approx(expected, rel=RELATIVE[torch.float32]), name
+
+
+def test_the_same_layout_twice_is_equal_bit_for_bit(runs):
+    for name, (ranks, _) in RUNS.items():
+        for found in runs[ranks] if "tensor 2" in name else []:
+            assert found[f"{name}, again"]["losses"] == found[name]["losses"]
+            for key, tensor in found[name]["state"].items():
+                assert torch.equal(found[f"{name}, again"]["state"][key], tensor), key
+
+
+def test_what_every_rank_holds_is_the_same_bits_on_all(runs):
+    """Trap 5: routers and norms see other tokens on every rank of a tensor group; without their sums they drift."""
+    for name, (ranks, _) in RUNS.items():
+        for found in runs[ranks]:
+            for key, tensor in runs[ranks][0][name]["routers"].items():
+                assert torch.equal(found[name]["routers"][key], tensor), (name, key)
+
+
+def test_checkpoint_of_a_cut_model_loads_into_other_cuts(runs):
+    """Trap 15: weights and both moments, of dense parts and of every expert."""
+    saved: dict[str, torch.Tensor] = {}
+    for found in runs[4]:
+        saved |= found["tensor 2, expert 2, expert-tensor 2"]["state"]
+    for layout in range(3):
+        loaded: dict[str, torch.Tensor] = {}
+        for found in runs[4]:
+            loaded |= found["restored"][layout]
+        assert loaded.keys() == saved.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(loaded[name], tensor), name
