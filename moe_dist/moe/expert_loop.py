@@ -26,7 +26,8 @@ from moe_dist.moe.activation import Activation
 from moe_dist.moe.dispatch import weighted_sum
 from moe_dist.moe.plan import RoutingPlan
 
-EXPERTS_PER_THREAD = 4
+# Experts side by side pay where there are many, or few that are wide; measured, see docs/log.md.
+EXPERTS_PER_THREAD, WIDE_EXPERTS_PER_THREAD, WIDE = 16, 4, 1024
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _ExpertLoop(torch.autograd.Function):
             active_RF = kept.fill(source.take(x, rows), first[expert], rows)
             torch.mm(active_RF, down[expert], out=y_ND[rows])
 
-        _for_each_expert(expert_forward, job.counts_L, x.device)
+        _for_each_expert(expert_forward, job.counts_L, down)
         ctx.save_for_backward(x, gate_TK, first, down, kept.hidden, kept.by_product, kept.active)
         ctx.job = job
         return y_ND if job.plan is None or gate_TK is None else weighted_sum(y_ND, gate_TK, job.plan)
@@ -109,7 +110,7 @@ class _ExpertLoop(torch.autograd.Function):
                 beta = 1
 
         with torch.autocast(x.device.type, enabled=False):
-            _for_each_expert(expert_backward, job.counts_L, x.device)
+            _for_each_expert(expert_backward, job.counts_L, down)
             if job.plan is None or slope_N is None or gate_TK is None:
                 return grad_rows, None, grad_first, grad_down, None
             return weighted_sum(grad_rows, gate_TK, job.plan), job.plan.to_slots(slope_N), grad_first, grad_down, None
@@ -194,7 +195,7 @@ class _Kept:
         return [torch.mm(x_RD, weight_FD.T, out=part_NF[rows]) for weight_FD, part_NF in kept_NF]
 
 
-def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], device: torch.device) -> None:
+def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], down: Tensor) -> None:
     """Calls `work(expert, its rows)` for every expert that has rows.
 
     On a CPU with several threads and enough experts, each thread takes whole experts: many small products side by side
@@ -203,7 +204,8 @@ def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], de
     """
     spans = _spans(counts_L)
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(spans) < EXPERTS_PER_THREAD * threads:
+    enough = threads * (WIDE_EXPERTS_PER_THREAD if down.shape[1] >= WIDE else EXPERTS_PER_THREAD)
+    if down.device.type != "cpu" or threads == 1 or len(spans) < enough:
         for expert, rows in spans:
             work(expert, rows)
         return

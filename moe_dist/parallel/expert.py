@@ -25,13 +25,15 @@ def shard_experts(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> N
     """Leaves each layer the experts of this rank and swaps the dispatcher in; entered by all ranks.
 
     The model is on `meta`; weights are filled afterwards by global name. Layers share one dispatcher, which holds
-    nothing of a step.
+    nothing of a step. Where all experts are here, none is needed.
     """
-    dispatcher = build_dispatcher(mesh, parallel, model.config)
+    exchanges = mesh.layout.expert > 1
+    dispatcher = build_dispatcher(mesh, parallel, model.config) if exchanges else None
     for _, layer in model.moe_layers():
         with torch.device("meta"):
             layer.experts = _experts_here(model.config.width, layer.config, mesh)
-        layer.dispatcher = dispatcher
+        if dispatcher is not None:
+            layer.dispatcher = dispatcher
 
 
 def _experts_here(width: int, config: MoEConfig, mesh: Mesh) -> Experts:

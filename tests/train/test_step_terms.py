@@ -88,7 +88,8 @@ def figures_of(demands_RE: list[list[int]], times: int = 1) -> list[step.StepFig
     config = small_config({"num_experts": len(demands_RE[0])}, model={"num_layers": 1})
     model, tallies = plain_model(config), []
     for rank, demand_E in enumerate(demands_RE):
-        mesh = SimpleNamespace(rank=rank, layout=SimpleNamespace(ranks=len(demands_RE)), world=None)
+        layout = SimpleNamespace(ranks=len(demands_RE))
+        mesh = SimpleNamespace(rank=rank, tensor_place=0, layout=layout, world=None)
         tallies.append(step._Tally(SimpleNamespace(config=config, mesh=mesh, model=model), False))
         for _ in range(times):
             tallies[-1].add(sums_that_ask(demand_E))
