@@ -23,6 +23,7 @@ from launch.config_commands import config_app
 from launch.failure import RankCrash
 from launch.routing_commands import routing_app
 from launch.run_directory import prepare
+from launch.verify_commands import verify
 from moe_dist.config import Config, load_config
 from moe_dist.errors import ConfigError, Interrupted, MoeDistError
 
@@ -41,6 +42,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Text to shards.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
+app.command()(verify)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Overrides = Annotated[

@@ -184,6 +184,8 @@ class Narrator:
             case "step":
                 self._figures = figures(event)
                 self._display.update("step", event["step"], self._steps, self._figures)
+            case "cell":
+                self._display.update("cell", event["done"], event["total"], f"{event['different']} different")
             case "evaluate":
                 text = f"step {event['step']}: held-out loss {event['loss']:.4f}"
                 if event.get("bits_per_byte") is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch.distributed as dist
 
@@ -16,7 +16,7 @@ class Mesh:
 
     Attributes:
         layout: The degrees.
-        rank: This rank.
+        rank: This rank; -1 for a process outside the layout.
         world: Group of all ranks.
         tensor: Group that shares one copy of the dense parameters.
         data: Ranks that hold the same cut of the dense parameters.
@@ -64,30 +64,43 @@ class Mesh:
         return self.layout.experts_of(self.expert_place)
 
 
-def build_mesh(layout: Layout, timeout_seconds: float) -> Mesh:
-    """Creates the groups; entered by all ranks, and every group by all of them in the same order.
+def build_mesh(layout: Layout, timeout_seconds: float, members: list[int] | None = None) -> Mesh:
+    """Creates the groups; entered by all processes, and every group by all of them in the same order.
 
     Args:
         layout: The degrees.
         timeout_seconds: A collective of any of the groups that takes longer fails.
+        members: Processes that are the ranks of the layout, in order; None where all are. The others must enter too,
+            and get a mesh that they cannot use (`rank` is -1).
     """
-    world = dist.group.WORLD
-    assert world is not None, "torch.distributed is initialised before the mesh"
+    whole = dist.group.WORLD
+    assert whole is not None, "torch.distributed is initialised before the mesh"
     limit = datetime.timedelta(seconds=timeout_seconds)
+    places = list(range(layout.ranks)) if members is None else members
+    world = whole if members is None else dist.new_group(members, timeout=limit)
+    rank = places.index(dist.get_rank()) if dist.get_rank() in places else -1
 
-    alone: dist.ProcessGroup | None = None
+    alone: list[dist.ProcessGroup] = []
 
     def of(groups: list[list[int]]) -> dist.ProcessGroup:
-        nonlocal alone
-        if len(groups) == layout.ranks and alone is not None:
-            return alone  # threads and connections for one group of one, not for four
-        mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=limit)
-        alone = mine if len(groups) == layout.ranks else alone
+        if len(groups) == layout.ranks and alone:
+            return alone[0]  # threads and connections for one group of one, not for four
+        mine, _ = dist.new_subgroups_by_enumeration([[places[r] for r in group] for group in groups], timeout=limit)
+        if len(groups) == layout.ranks:
+            alone.append(mine)
         return mine
 
     kinds = {kind: world if kind == "data" and layout.tensor == 1 else of(g) for kind, g in layout.groups().items()}
-    mesh = Mesh(layout, dist.get_rank(), world, **kinds)
+    mesh = Mesh(layout, rank, world, **kinds)
     if layout.ranks_per_node is None:
         return mesh
     nodes, rails = layout.node_groups()
     return replace(mesh, node=of(nodes), rail=of(rails))
+
+
+def close_mesh(mesh: Mesh) -> None:
+    """Gives back the groups of a mesh that is needed no longer, but for that of all processes."""
+    groups = {id(group): group for group in (getattr(mesh, field.name) for field in fields(mesh))}
+    for group in groups.values():
+        if isinstance(group, dist.ProcessGroup) and group is not dist.group.WORLD:
+            dist.destroy_process_group(group)

@@ -1,0 +1,1 @@
+"""The proof that a layout trains the same model: a lattice of layouts and options against one process."""
