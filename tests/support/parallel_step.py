@@ -78,7 +78,7 @@ def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Tra
     mesh = mesh_of(layout)
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallelize(model, mesh, config.parallel)
+    parallelize(model, mesh, config)
     initialise(model, config.seed, torch.device("cpu"), dtype_of(config))
     if optimizer == "sgd":
         steps: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
