@@ -88,7 +88,7 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
     """The model as cut for this rank with its first weights, its optimizer, and the routing it records or follows."""
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallelize(model, mesh, config.parallel)
+    parallelize(model, mesh, config)
     initialise(model, config.seed, device, parameter_type(config))
     blocks = [layer.router.layer for _, layer in model.moe_layers()]
     ledger = RoutingLedger(config, blocks, mesh.rank, mesh.layout.ranks)

@@ -201,6 +201,11 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp64"] = key(
         "fp32", "Arithmetic: fp32, bf16 autocast over fp32 weights, or fp64 (for proofs)."
     )
+    recompute: Literal["none", "selective", "full"] = key(
+        "none",
+        "What the backward pass computes again rather than keeps: nothing; attention, norms, dense feed-forwards and "
+        "the shared expert, but no routed expert and no exchange; or all inside every block, exchanges included.",
+    )
     clip_norm: float | None = key(1.0, "Gradients are scaled down to this global norm; null does not clip.", gt=0)
     routing_ledger: Literal["none", "record"] = key(
         "none", "`record` writes the experts of every token at every step to the folder `routing` in run.dir."

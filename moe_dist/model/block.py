@@ -30,12 +30,16 @@ class Block(nn.Module):
         counted_BS: Tensor | None,
         context: RoutingContext | None = None,
     ) -> tuple[Tensor, MoERecord | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table)
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        x_BSD, normed_BSD = self.attend(x_BSD, table)
         if isinstance(self.feed_forward, MoELayer):
             out_BSD, record = self.feed_forward(normed_BSD, counted_BS, context)
             return x_BSD + out_BSD, record
         return x_BSD + self.feed_forward(normed_BSD), None
+
+    def attend(self, x_BSD: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """All that comes before the feed-forward: the residual stream after attention, and its norm."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table)
+        return x_BSD, self.feed_forward_norm(x_BSD)
 
 
 def _moe_layer(config: ModelConfig, number: int) -> MoELayer:

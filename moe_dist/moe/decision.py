@@ -27,6 +27,8 @@ class RoutingContext:
         replay: Choices that are followed instead of choosing, by number of the block; they cover at least the tokens of
             this forward. A block that is not there, or all where it is None, chooses.
         here: Which of the tokens, in a line, are routed by this process; None for all of them.
+        taken_demand: The demand that the balance terms of an earlier run of this very forward took, [X, E] by number of
+            the block: a recomputed forward takes it again and asks no other rank. None in a first run.
     """
 
     token_BS: Tensor
@@ -34,6 +36,7 @@ class RoutingContext:
     demand: Mapping[int, Tensor] | None = None
     replay: Mapping[int, Choices] | None = None
     here: slice | None = None
+    taken_demand: Mapping[int, Tensor] | None = None
 
     @property
     def first_position(self) -> int:

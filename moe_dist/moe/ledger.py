@@ -136,19 +136,21 @@ def decide_once(
 
     For `torch.utils.checkpoint(..., use_reentrant=False)`, which returns what the first call returned, so that the
     plan's counts are there once. Whatever moved in between (a selection bias, the last bit of a hidden state), the
-    recomputed rows are those that the first call sent.
+    recomputed rows are those that the first call sent. The balance terms take the demand that they took first, so that
+    a global one asks the other ranks once.
 
     Args:
         run: Runs the layer or its block on hidden states and a context.
         context: As for the first call.
         block: Number of the block.
     """
-    taken: dict[int, Choices] = {}
+    first: list[RoutingContext] = []
 
     def once(x: Tensor) -> tuple[Tensor, MoERecord | None]:
-        out, record = run(x, replace(context, replay={**(context.replay or {}), **taken}))
-        if record is not None and not taken:
-            taken[block] = Choices.of(record, context.first_position)
+        out, record = run(x, first[0] if first else context)
+        if record is not None and not first:
+            replay = {**(context.replay or {}), block: Choices.of(record, context.first_position)}
+            first.append(replace(context, replay=replay, taken_demand={block: record.balance_demand_XE}))
         return out, record
 
     return once

@@ -97,9 +97,10 @@ class _FanIn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         grad_RD = grads[0].index_select(0, ctx.fan.source_R)
-        if not ctx.saved_tensors:
+        kept = ctx.saved_tensors  # asked for once: what a checkpoint computed again is there once
+        if not kept:
             return grad_RD, None, None
-        rows_RD, weight_R = ctx.saved_tensors
+        rows_RD, weight_R = kept
         with torch.autocast(grad_RD.device.type, enabled=False):
             slope_R = torch.linalg.vecdot(grad_RD.to(weight_R.dtype), rows_RD.to(weight_R.dtype))
         return (grad_RD * weight_R[:, None]).to(rows_RD.dtype), slope_R, None

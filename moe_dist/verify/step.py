@@ -155,7 +155,7 @@ def parallel_trainee(config: Config, mesh: Mesh) -> Trainee:
     """This rank's part of the model under SGD with learning rate 1."""
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallelize(model, mesh, config.parallel)
+    parallelize(model, mesh, config)
     initialise(model, config.seed, torch.device("cpu"), weight_type(config))
     return Trainee(config, mesh, model, Gradients(model, mesh), torch.optim.SGD(model.parameters(), lr=1.0))
 

@@ -13,10 +13,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config import Config
-from moe_dist.model.block import Block
 from moe_dist.moe import balance
 from moe_dist.objectives.language_modelling import LossSums, language_modelling_sums
 from moe_dist.parallel import expert
@@ -40,8 +38,8 @@ SIZES = (7, 3, 1)  # micro-batches: the whole at once, unequal ones, single rows
 TERMS = {"balance_loss": 0.5, "group_balance_loss": 0.3, "num_groups": 4, "groups_per_token": 3, "input_jitter": 0.1}
 
 
-def config_of(micro: int, **moe: Any) -> Config:
-    train = {"global_batch_sequences": ROWS, "micro_batch_sequences": micro, "clip_norm": None}
+def config_of(micro: int, recompute: str = "none", **moe: Any) -> Config:
+    train = {"global_batch_sequences": ROWS, "micro_batch_sequences": micro, "clip_norm": None, "recompute": recompute}
     return small_config({"balance_scope": "global", **TERMS, **moe}, train=train)
 
 
@@ -101,13 +99,6 @@ def giant(alone: bool = False) -> StepProof:
 LAYOUTS = {1: 1, 2: 2, 3: 3}  # ranks: expert degree
 
 
-def recomputed(self: Block, *given: Any) -> Any:
-    return checkpoint(original_block, self, *given, use_reentrant=False)
-
-
-original_block = Block.forward
-
-
 def asked_of_ranks(rank: int, ranks: int) -> dict[str, int]:
     """Collectives that the layers made in a step, by kind of count."""
     found = {}
@@ -138,9 +129,7 @@ def all_steps(rank: int, ranks: int) -> dict[str, Any]:
     kinds = ("micro_step", "running")
     found |= {kind: found_step(rank, ranks, config_of(1, global_balance=kind), degree) for kind in kinds}
     found["micro_batch"] = found_step(rank, ranks, config_of(1, balance_scope="micro_batch"), degree)
-    if ranks == 1:
-        with mock.patch.object(Block, "forward", recomputed):
-            found["recomputed"] = found_step(rank, ranks, config_of(1), degree)
+    found |= {kind: found_step(rank, ranks, config_of(1, kind), degree) for kind in ("selective", "full")}
     if ranks == 2:
         found |= {"opposite": opposite_ranks(rank, ranks), "asked": asked_of_ranks(rank, ranks)}
         found["planted"] = planted(rank)
@@ -200,8 +189,9 @@ def test_telemetry_is_that_of_one_process_for_any_layout_split_and_recompute():
                 assert abs(step.figures.balance_distance) < 1e-10
                 assert (step.figures.bytes_sent > 0) == (ranks > 1)
                 assert len(step.figures.rank_rows[0]) == ranks
-    assert same_telemetry(steps_of(1)[0]["recomputed"].figures, whole)
-    assert first_difference([steps_of(1)[0]["recomputed"].proof], giant(), TOLERANCE) is None
+        for kind in ("selective", "full"):
+            assert all(same_telemetry(found[kind].figures, whole) for found in steps_of(ranks))
+            assert first_difference([found[kind].proof for found in steps_of(ranks)], giant(), TOLERANCE) is None
 
 
 def test_rank_rows_are_those_of_the_experts_that_a_rank_owns():
