@@ -75,11 +75,18 @@ def build_mesh(layout: Layout, timeout_seconds: float) -> Mesh:
     assert world is not None, "torch.distributed is initialised before the mesh"
     limit = datetime.timedelta(seconds=timeout_seconds)
 
+    alone: dist.ProcessGroup | None = None
+
     def of(groups: list[list[int]]) -> dist.ProcessGroup:
+        nonlocal alone
+        if len(groups) == layout.ranks and alone is not None:
+            return alone  # threads and connections for one group of one, not for four
         mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=limit)
+        alone = mine if len(groups) == layout.ranks else alone
         return mine
 
-    mesh = Mesh(layout, dist.get_rank(), world, **{kind: of(groups) for kind, groups in layout.groups().items()})
+    kinds = {kind: world if kind == "data" and layout.tensor == 1 else of(g) for kind, g in layout.groups().items()}
+    mesh = Mesh(layout, dist.get_rank(), world, **kinds)
     if layout.ranks_per_node is None:
         return mesh
     nodes, rails = layout.node_groups()

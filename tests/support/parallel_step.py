@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,8 @@ from moe_dist.moe.randomness import Draw
 from moe_dist.objectives.language_modelling import language_modelling_sums
 from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.gradients import Gradients
-from moe_dist.parallel.layout import layout_of, ranks_of_node
-from moe_dist.parallel.mesh import build_mesh
+from moe_dist.parallel.layout import Layout, layout_of, ranks_of_node
+from moe_dist.parallel.mesh import Mesh, build_mesh
 from moe_dist.train.step import Trainee, train_step
 from tests.support.models import dtype_of, plain_model
 from tests.support.tolerances import relative_error
@@ -62,12 +63,18 @@ def oracle_step(config: Config, rows: Tensor) -> StepProof:
     )
 
 
+@functools.cache
+def mesh_of(layout: Layout) -> Mesh:
+    """One mesh a layout and process: groups have threads, and a gang makes hundreds of steps."""
+    return build_mesh(layout, timeout_seconds=60)
+
+
 def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Trainee:
     """This rank's part of the model; SGD with learning rate 1 shows a wrong gradient scale, Adam would hide it."""
     node = ranks_of_node(config.parallel, {})
     asked = config.parallel.model_copy(update={"expert": expert})
     layout = layout_of(config.model_copy(update={"parallel": asked}), dist.get_world_size(), node)
-    mesh = build_mesh(layout, timeout_seconds=60)
+    mesh = mesh_of(layout)
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, mesh, config.parallel)
@@ -78,7 +85,7 @@ def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Tra
         from moe_dist.optim import build_adamw
 
         steps = build_adamw(model, config.optimizer)
-    return Trainee(config, mesh, model, Gradients(model, mesh), steps)
+    return Trainee(config, mesh, model, Gradients(model, mesh, config.parallel.overlap_gradients), steps)
 
 
 def candidate_step(rank: int, config: Config, expert: int, rows_by_rank: list[Tensor]) -> StepProof:
