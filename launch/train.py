@@ -92,7 +92,8 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
     initialise(model, config.seed, device, parameter_type(config))
     blocks = [layer.router.layer for _, layer in model.moe_layers()]
     ledger = RoutingLedger(config, blocks, mesh.rank, mesh.layout.ranks)
-    return Trainee(config, mesh, model, Gradients(model, mesh), build_adamw(model, config.optimizer), ledger)
+    gradients = Gradients(model, mesh, config.parallel.overlap_gradients)
+    return Trainee(config, mesh, model, gradients, build_adamw(model, config.optimizer), ledger)
 
 
 class RankBatches:

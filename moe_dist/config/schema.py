@@ -187,6 +187,9 @@ class ParallelConfig(Section):
         "parts",
         ge=1,
     )
+    overlap_gradients: bool = key(
+        False, "Gradients are summed over ranks beside the backward pass that makes them, and not after it."
+    )
     ranks_per_node: int | None = key(
         None, "Neighbouring ranks that share a node, for two_level; null takes the launcher's count.", "ranks", ge=1
     )

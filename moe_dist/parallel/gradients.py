@@ -7,40 +7,51 @@ same experts. Tokens of a tensor group already met at the cut, those of the rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.model.naming import cut_of, stacked_parameters
 from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.buckets import Buckets, Share
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.mesh import Mesh
 
-BUCKET_BYTES = 25 * 2**20
+
+def reduction_group(model: Transformer, name: str, mesh: Mesh) -> dist.ProcessGroup:
+    """The ranks that hold the same as this one under a parameter's name, and whose gradients of it are summed."""
+    if name in stacked_parameters(model):
+        return mesh.expert_data
+    return mesh.data if cut_of(model, name) else mesh.world
 
 
 class Gradients:
     """The gradients of a parallel model; every method is entered by all ranks."""
 
-    def __init__(self, model: Transformer, mesh: Mesh) -> None:
+    def __init__(self, model: Transformer, mesh: Mesh, overlap: bool = False) -> None:
         stacked = stacked_parameters(model)
         parameters = dict(model.named_parameters())
         self.mesh = mesh
         self.experts = [parameters[name] for name in stacked]
         self.cut = [p for name, p in parameters.items() if name not in stacked and cut_of(model, name)]
         self.dense = [p for name, p in parameters.items() if name not in stacked and not cut_of(model, name)]
+        most_experts = max(len(mesh.layout.experts_of(place)) for place in range(mesh.layout.expert))
+        shares = []
+        for name, parameter in parameters.items():
+            most = parameter[:1].nbytes * most_experts if name in stacked else parameter.nbytes
+            shares.append(Share(parameter, reduction_group(model, name, mesh), most))
+        self.buckets = Buckets(shares, overlap)
+
+    def expect_last(self) -> None:
+        """Announces the backward pass of the last micro-batch, beside which sums may start."""
+        self.buckets.expect()
 
     def reduce(self) -> None:
         """Sums every gradient over the ranks that saw other tokens; a missing gradient counts as zero."""
+        self.buckets.finish()
         for parameter in self.dense + self.cut + self.experts:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        _sum_in_buckets(self.dense, self.mesh.world)
-        _sum_in_buckets(self.cut, self.mesh.data)
-        if self.mesh.layout.expert_data > 1:
-            _sum_in_buckets(self.experts, self.mesh.expert_data)
 
     def norm(self) -> Tensor:
         """The 2-norm over all parameters of the whole model, each counted once; fp64 scalar, equal on all ranks."""
@@ -70,28 +81,3 @@ def _square(parameters: list[torch.nn.Parameter], device: torch.device) -> Tenso
         norms = torch._foreach_norm(grads)
         total += torch.stack([norm.double() for norm in norms]).square().sum()
     return total
-
-
-def _sum_in_buckets(parameters: list[torch.nn.Parameter], group: dist.ProcessGroup) -> None:
-    if dist.get_world_size(group) == 1:
-        return
-    for bucket in _buckets(parameters):
-        flat = sum_ranks(torch.cat([grad.reshape(-1) for grad in bucket]), group)
-        for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
-            grad.copy_(part.view_as(grad))
-
-
-def _buckets(parameters: list[torch.nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Gradients in order, cut into lists of about BUCKET_BYTES and of one type."""
-    bucket: list[Tensor] = []
-    size = 0
-    for parameter in parameters:
-        grad = parameter.grad
-        assert grad is not None, "every gradient is filled before it is summed"
-        if bucket and (size + grad.nbytes > BUCKET_BYTES or grad.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(grad)
-        size += grad.nbytes
-    if bucket:
-        yield bucket

@@ -122,11 +122,13 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     tally = _Tally(trainee, stop_asked)
     passes = list(_passes(rows, config, Draw(config.seed, step, first_row), trainee.mesh.layout.data))
     demand, followed = _decided_before(trainee, passes, replay)
-    for (micro_batch, draw), follow in zip(passes, followed, strict=True):
+    for number, ((micro_batch, draw), follow) in enumerate(zip(passes, followed, strict=True), start=1):
         with autocast(config, rows.device):
             sums = language_modelling_sums(trainee.model, micro_batch, draw, demand, follow)
         if ledger:
             ledger.keep(sums.records, draw.first_row, length)
+        if number == len(passes):
+            trainee.gradients.expect_last()
         (sums.total(config.model.moe) / counted).backward()
         tally.add(sums)
         if config.model.moe.global_balance == "running":

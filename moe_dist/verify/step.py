@@ -157,7 +157,8 @@ def parallel_trainee(config: Config, mesh: Mesh) -> Trainee:
         model = Transformer(config.model)
     parallelize(model, mesh, config)
     initialise(model, config.seed, torch.device("cpu"), weight_type(config))
-    return Trainee(config, mesh, model, Gradients(model, mesh), torch.optim.SGD(model.parameters(), lr=1.0))
+    gradients = Gradients(model, mesh, config.parallel.overlap_gradients)
+    return Trainee(config, mesh, model, gradients, torch.optim.SGD(model.parameters(), lr=1.0))
 
 
 def candidate_step(trainee: Trainee, rows: Tensor) -> StepProof:
@@ -165,8 +166,8 @@ def candidate_step(trainee: Trainee, rows: Tensor) -> StepProof:
     model, config = trainee.model, trainee.config
     constant = config.optimizer.model_copy(update={"lr": 1.0, "warmup_steps": 0, "min_lr_fraction": 1.0})
     config = config.model_copy(update={"optimizer": constant})
-    gradients, routing = _KeptGradients(model, trainee.mesh), _KeptRouting(config, model)
-    figures = train_step(replace(trainee, config=config, gradients=gradients, ledger=routing), rows, 0)
+    gradients, routing = _keep_gradients(trainee), _KeptRouting(config, model)
+    figures = train_step(replace(trainee, config=config, ledger=routing), rows, 0)
     terms = ("cross_entropy", "balance", "group_balance", "z", "loss", "grad_norm")
     held = {
         piece.name: gather_cut(piece, piece.of(model.get_parameter(piece.parameter).detach()), trainee.mesh).clone()
@@ -176,25 +177,25 @@ def candidate_step(trainee: Trainee, rows: Tensor) -> StepProof:
         counts=torch.stack([figures.demand, figures.served]),
         choices=routing.choices,
         scalars={name: getattr(figures, name) for name in terms},
-        gradients=gradients.kept,
+        gradients=gradients,
         weights=held | {name: bias.clone() for name, bias in global_buffers(model).items()},
     )
 
 
-class _KeptGradients(Gradients):
-    """Keeps every gradient as it is after the sums over ranks, before clipping."""
+def _keep_gradients(trainee: Trainee) -> dict[str, Tensor]:
+    """Will hold every gradient as it is after the sums over ranks, before clipping."""
+    kept: dict[str, Tensor] = {}
+    reduce = trainee.gradients.reduce
 
-    def __init__(self, model: Transformer, mesh: Mesh) -> None:
-        super().__init__(model, mesh)
-        self.model = model
-        self.kept: dict[str, Tensor] = {}
-
-    def reduce(self) -> None:
-        super().reduce()
-        for piece in global_tensors(self.model):
-            grad = self.model.get_parameter(piece.parameter).grad
+    def reduce_and_keep() -> None:
+        reduce()
+        for piece in global_tensors(trainee.model):
+            grad = trainee.model.get_parameter(piece.parameter).grad
             assert grad is not None, "reduce() fills every gradient"
-            self.kept[piece.name] = gather_cut(piece, piece.of(grad), self.mesh).clone()
+            kept[piece.name] = gather_cut(piece, piece.of(grad), trainee.mesh).clone()
+
+    trainee.gradients.reduce = reduce_and_keep  # type: ignore[method-assign]
+    return kept
 
 
 class _KeptRouting(RoutingLedger):

@@ -195,10 +195,10 @@ def planted(rank: int) -> dict[str, StepProof]:
         "expert gradients over the expert degree": with_reduction(lambda g: scale(g.experts, 1 / 2)),
         "dense gradients averaged over ranks": with_reduction(lambda g: scale(g.dense, 1 / 4)),
         "expert gradients not summed over copies": mock.patch.object(
-            gradients_module, "_sum_in_buckets", _sum_only(gradients_module._sum_in_buckets, 4)
+            gradients_module, "reduction_group", _alone("experts", gradients_module.reduction_group)
         ),
         "router gradients left on their rank": mock.patch.object(
-            gradients_module.Gradients, "__init__", _without_routers(gradients_module.Gradients.__init__)
+            gradients_module, "reduction_group", _alone("router.weight", gradients_module.reduction_group)
         ),
         "balance from the counts of this rank only": mock.patch(
             "moe_dist.parallel.apply.share_counts", _shares_nothing
@@ -214,21 +214,13 @@ def planted(rank: int) -> dict[str, StepProof]:
     return found
 
 
-def _sum_only(original: Any, group_size: int) -> Any:
-    def sum_in_buckets(parameters: Any, group: Any) -> None:
-        if group.size() == group_size:
-            original(parameters, group)
+def _alone(part: str, original: Any) -> Any:
+    """Parameters with this in their name are summed over a group of one."""
 
-    return sum_in_buckets
+    def reduction_group(model: Any, name: str, mesh: Any) -> Any:
+        return mesh.tensor if part in name else original(model, name, mesh)
 
-
-def _without_routers(original: Any) -> Any:
-    def make(self: Any, model: Any, mesh: Any) -> None:
-        original(self, model, mesh)
-        routers = {id(parameter) for name, parameter in model.named_parameters() if name.endswith("router.weight")}
-        self.dense = [parameter for parameter in self.dense if id(parameter) not in routers]
-
-    return make
+    return reduction_group
 
 
 def _shares_nothing(model: Any, mesh: Any) -> None:
