@@ -16,6 +16,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.model.naming import GlobalTensor, global_buffers, global_tensors
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.zero import ShardedOptimizer, state_holders
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,12 +33,13 @@ def expected_names(config: ModelConfig) -> set[str]:
 def pieces_here(
     model: Transformer, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[GlobalTensor, dict[str, Tensor]]]:
-    """Every piece held by this rank, with its weight and moments as views by kind."""
+    """Every piece held by this rank, with its weight and, where their state is here, its moments as views by kind."""
+    state = {parameter: held for holder in state_holders(optimizer) for parameter, held in holder.state.items()}
     for piece in global_tensors(model):
         parameter = model.get_parameter(piece.parameter)
         tensors = {"model": piece.of(parameter.detach())}
-        for moment in MOMENTS:
-            tensors[moment] = piece.of(optimizer.state[parameter][moment])
+        if parameter in state:
+            tensors |= {moment: piece.of(state[parameter][moment]) for moment in MOMENTS}
         yield piece, tensors
 
 
@@ -47,11 +49,17 @@ def buffers_here(model: Transformer) -> dict[str, Tensor]:
 
 
 def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Tensor]:
-    """The named tensors that this rank writes: each exists on several ranks and is written by one of them."""
+    """The named tensors that this rank writes: each exists on several ranks and is written by one of them.
+
+    Where the optimizer's state is shared out, the one rank that holds a parameter's moments writes its weight too.
+    """
+    sharded = isinstance(optimizer, ShardedOptimizer)
     owned = buffers_here(model) if mesh.rank == 0 else {}
     dense = 0  # counted over dense pieces alone: ranks hold different numbers of experts
     for piece, tensors in pieces_here(model, optimizer):
-        if piece.index is None:
+        if sharded:
+            mine = len(tensors) > 1
+        elif piece.index is None:
             mine = dense % mesh.layout.ranks == mesh.rank
             dense += 1
         else:
@@ -62,10 +70,10 @@ def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Me
 
 
 def prepare_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Gives every parameter zero moments and its number of updates, ready to be filled from a checkpoint."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter)
+    """Gives every parameter whose state is here zero moments and its number of updates, ready to be filled."""
+    for holder in state_holders(optimizer):
+        for group in holder.param_groups:
+            for parameter in group["params"]:
+                step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
+                moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+                holder.state[parameter] = {"step": step, **moments}

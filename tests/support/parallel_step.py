@@ -19,6 +19,7 @@ from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.layout import Layout, layout_of, ranks_of_node
 from moe_dist.parallel.mesh import Mesh, build_mesh
+from moe_dist.parallel.zero import share_out
 from moe_dist.train.step import Trainee, train_step
 from tests.support.models import dtype_of, plain_model
 from tests.support.tolerances import relative_error
@@ -85,6 +86,7 @@ def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Tra
         from moe_dist.optim import build_adamw
 
         steps = build_adamw(model, config.optimizer)
+    steps = share_out(steps, model, mesh, config.parallel)
     return Trainee(config, mesh, model, Gradients(model, mesh, config.parallel.overlap_gradients), steps)
 
 
