@@ -29,6 +29,7 @@ from moe_dist.parallel.collectives import gather_objects
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.layout import layout_of, ranks_of_node
 from moe_dist.parallel.mesh import Mesh, build_mesh
+from moe_dist.parallel.zero import share_out
 from moe_dist.runtime.process import Process
 from moe_dist.runtime.profiling import measure_gemm_peak
 from moe_dist.train.evaluate import HeldOut
@@ -92,8 +93,8 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
     initialise(model, config.seed, device, parameter_type(config))
     blocks = [layer.router.layer for _, layer in model.moe_layers()]
     ledger = RoutingLedger(config, blocks, mesh.rank, mesh.layout.ranks)
-    gradients = Gradients(model, mesh, config.parallel.overlap_gradients)
-    return Trainee(config, mesh, model, gradients, build_adamw(model, config.optimizer), ledger)
+    optimizer = share_out(build_adamw(model, config.optimizer), model, mesh, config.parallel)
+    return Trainee(config, mesh, model, Gradients(model, mesh, config.parallel.overlap_gradients), optimizer, ledger)
 
 
 class RankBatches:

@@ -17,6 +17,7 @@ from moe_dist.model.naming import GlobalTensor, global_buffers, global_tensors
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.tensor import gather_cut
+from moe_dist.parallel.zero import ShardedOptimizer, state_holders
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -33,12 +34,13 @@ def expected_names(config: ModelConfig) -> set[str]:
 def pieces_here(
     model: Transformer, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[GlobalTensor, dict[str, Tensor]]]:
-    """Every piece held by this rank, with its weight and moments as views by kind."""
+    """Every piece held by this rank, with its weight and, where their state is here, its moments as views by kind."""
+    state = {parameter: held for holder in state_holders(optimizer) for parameter, held in holder.state.items()}
     for piece in global_tensors(model):
         parameter = model.get_parameter(piece.parameter)
         tensors = {"model": piece.of(parameter.detach())}
-        for moment in MOMENTS:
-            tensors[moment] = piece.of(optimizer.state[parameter][moment])
+        if parameter in state:
+            tensors |= {moment: piece.of(state[parameter][moment]) for moment in MOMENTS}
         yield piece, tensors
 
 
@@ -50,17 +52,22 @@ def buffers_here(model: Transformer) -> dict[str, Tensor]:
 def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Tensor]:
     """The named tensors that this rank writes, whole: each exists on several ranks and is written by one of them.
 
-    Entered by all ranks: those that hold cuts of a tensor put it together, one tensor at a time.
+    Entered by all ranks: those that hold cuts of a tensor put it together, one tensor at a time. Where the optimizer's
+    state is shared out, the one rank that holds a parameter's moments writes its weight too; of those that hold cuts
+    of them, the first.
     """
+    sharded = isinstance(optimizer, ShardedOptimizer)
     owned = buffers_here(model) if mesh.rank == 0 else {}
     dense = 0  # counted over dense pieces alone: ranks hold different numbers of experts
     for piece, tensors in pieces_here(model, optimizer):
-        if piece.index is None:
+        first = piece.cut is None or piece.cut.place == 0
+        if sharded:
+            mine = len(tensors) > 1 and first
+        elif piece.index is None:
             mine = dense % mesh.layout.ranks == mesh.rank
             dense += 1
         else:
-            mine = piece.index % mesh.layout.expert_data == mesh.expert_copy
-            mine = mine and mesh.layout.expert_tensor_place(mesh.rank) == 0
+            mine = piece.index % mesh.layout.expert_data == mesh.expert_copy and first
         whole = {f"{kind}/{piece.name}": gather_cut(piece, tensor, mesh) for kind, tensor in tensors.items()}
         if mine:
             owned.update(whole)
@@ -68,10 +75,10 @@ def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Me
 
 
 def prepare_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Gives every parameter zero moments and its number of updates, ready to be filled from a checkpoint."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter)
+    """Gives every parameter whose state is here zero moments and its number of updates, ready to be filled."""
+    for holder in state_holders(optimizer):
+        for group in holder.param_groups:
+            for parameter in group["params"]:
+                step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
+                moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+                holder.state[parameter] = {"step": step, **moments}

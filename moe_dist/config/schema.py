@@ -187,6 +187,11 @@ class ParallelConfig(Section):
         "parts",
         ge=1,
     )
+    data: Literal["replicate", "zero1"] = key(
+        "replicate",
+        "What ranks that hold the same parameters keep of the optimizer's state: each all of it, or each that of some "
+        "parameters, which it updates for the others (ZeRO stage 1).",
+    )
     overlap_gradients: bool = key(
         False, "Gradients are summed over ranks beside the backward pass that makes them, and not after it."
     )

@@ -1,7 +1,10 @@
-"""Data parallelism: sums beside the backward pass make the step of one process, and the same bits as sums after it."""
+"""Data parallelism: sums beside the backward pass make the step of one process, and the same bits as sums after it; so
+does an optimizer whose state is shared out.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -9,10 +12,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from fairscale.optim.oss import OSS
+from torch import Tensor
 
 from moe_dist.config import Config
+from moe_dist.optim import learning_rate
 from moe_dist.parallel import buckets as buckets_module
 from moe_dist.parallel.buckets import Bucket, Buckets
+from moe_dist.parallel.zero import state_holders
+from moe_dist.train.step import Trainee, train_step
 from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
 from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step, parallel_trainee
@@ -69,6 +77,9 @@ def gang(rank: int, ranks: int) -> dict[Any, Any]:
         for name, mistake in mistakes().items():
             with mistake:
                 found["planted", name] = step_of(rank, ranks, ("tied", 1, 7), overlap_gradients=True)
+        for degree in LAYOUTS[ranks]:
+            for rows in (1, 7):
+                found["updates", degree, rows] = updates(rank, ranks, degree, rows)
         found["announced too early"] = announced_too_early(rank, ranks)
     return found
 
@@ -123,6 +134,52 @@ def announced_too_early(rank: int, ranks: int) -> str:
     return "nothing"
 
 
+@dataclass(frozen=True)
+class Updates:
+    """Weights after three updates of AdamW, by how the optimizer's state is kept, and what of it is here."""
+
+    weights: dict[str, dict[str, Tensor]]
+    held: set[str]
+    rates: set[float]
+
+
+def updates(rank: int, ranks: int, degree: int, count: int) -> Updates:
+    weights, held, rates = {}, set(), set()
+    for way in ("replicate", "zero1", "fairscale"):
+        config = config_of("tied", count, data="zero1" if way == "zero1" else "replicate")
+        trainee = parallel_trainee(config, degree, optimizer="adamw")
+        if way == "fairscale":
+            trainee = replace(trainee, optimizer=Pair(trainee))
+        for step in range(3):
+            rows = random_rows(count, seed=step)
+            train_step(trainee, rows[count * rank // ranks : count * (rank + 1) // ranks], step)
+        weights[way] = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
+        if way == "zero1":
+            names = {p: name for name, p in trainee.model.named_parameters()}
+            held = {names[p] for holder in state_holders(trainee.optimizer) for p in holder.state}
+            rates = {group["lr"] for holder in state_holders(trainee.optimizer) for group in holder.param_groups}
+    return Updates(weights, held, rates)
+
+
+class Pair(torch.optim.Optimizer):
+    """fairscale's OSS twice: over the ranks that share dense parameters, and over those that share experts."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        names = {p: name for name, p in trainee.model.named_parameters()}
+        self.parts = []
+        for experts, group in ((False, trainee.mesh.world), (True, trainee.mesh.expert_data)):
+            groups = [
+                {**given, "params": [p for p in given["params"] if (".experts." in names[p]) == experts]}
+                for given in trainee.optimizer.param_groups
+            ]
+            self.parts.append(OSS([g for g in groups if g["params"]], optim=torch.optim.AdamW, group=group))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:
+        for part in self.parts:
+            part.step()
+
+
 @cache
 def found_by(ranks: int) -> list[dict[Any, Any]]:
     return run_gang(gang, ranks, ranks)
@@ -167,3 +224,26 @@ def test_planted_mistake_of_the_sums_is_caught(mistake):
 
 def test_a_pass_that_is_announced_too_early_is_not_summed_in_silence():
     assert all("came twice" in found["announced too early"] for found in found_by(2))
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_updates_by_shares_have_the_bits_of_whole_ones_and_of_fairscale(ranks):
+    for degree in LAYOUTS[ranks]:
+        for rows in (1, 7):
+            for rank, found in enumerate(found_by(ranks)):
+                weights = found["updates", degree, rows].weights
+                for name, whole in weights["replicate"].items():
+                    for way in ("zero1", "fairscale"):
+                        assert torch.equal(weights[way][name], whole), f"rank {rank}, degree {degree}: {way}, {name}"
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_state_of_a_parameter_is_on_one_of_the_ranks_that_hold_it(ranks):
+    config = config_of("tied", 7)
+    for degree in LAYOUTS[ranks]:
+        found = [result["updates", degree, 7] for result in found_by(ranks)]
+        for name in found[0].weights["zero1"]:
+            holders = sum(name in updates.held for updates in found)
+            assert holders == (degree if ".experts." in name else 1), name
+        assert all(updates.held for updates in found)
+        assert {rate for updates in found for rate in updates.rates} == {learning_rate(2, 8, config.optimizer)}

@@ -90,17 +90,18 @@ def test_every_cut_makes_the_step_of_one_process(ranks):
 
 
 # name: (ranks, overrides of `parallel`)
-RUNS: dict[str, tuple[int, dict[str, int]]] = {
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {"expert": 1}),
     "data 2, expert 2": (2, {"expert": 2}),
     "tensor 2, expert 2": (2, {"tensor": 2, "expert": 2}),
-    "tensor 2, expert 2, expert-tensor 2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
+    "tensor 2, expert 2, expert-tensor 2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2, "data": "zero1"}),
     "tensor 2, expert 4": (4, {"tensor": 2, "expert": 4}),
+    "expert 3, zero1": (3, {"expert": 3, "data": "zero1"}),
 }
 STEPS, ROWS_OF_STEP = 20, 8
 
 
-def run_config(parallel: dict[str, int]) -> Config:
+def run_config(parallel: dict[str, Any]) -> Config:
     train = {"precision": "fp32", "steps": STEPS, "global_batch_sequences": ROWS_OF_STEP, "micro_batch_sequences": 4}
     moe = {"balance_loss": 0.02, "router": "softmax_topk", "selection_bias": True, "capacity_factor": 2.0}
     optimizer = {"lr": 1e-3, "warmup_steps": 5}
@@ -108,7 +109,7 @@ def run_config(parallel: dict[str, int]) -> Config:
     return small_config(moe, model=model, train=train, parallel=parallel, optimizer=optimizer)
 
 
-def run_of(parallel: dict[str, int], root: str | None = None) -> dict[str, Any]:
+def run_of(parallel: dict[str, Any], root: str | None = None) -> dict[str, Any]:
     """The losses of some steps with AdamW, and the routers as this rank has them then."""
     config = run_config(parallel)
     trainee = parallel_trainee(config, parallel["expert"], "adamw")
@@ -132,7 +133,7 @@ def whole_state(trainee: Trainee) -> dict[str, torch.Tensor]:
     }
 
 
-def restored(parallel: dict[str, int], root: str) -> dict[str, torch.Tensor]:
+def restored(parallel: dict[str, Any], root: str) -> dict[str, torch.Tensor]:
     trainee = parallel_trainee(run_config(parallel), parallel["expert"], "adamw")
     path, manifest = agree_on_newest(Path(root), trainee.mesh, print)  # type: ignore[misc]
     load_training_state(path, manifest, trainee.model, trainee.optimizer)
@@ -148,6 +149,7 @@ def runs_of_rank(rank: int, ranks: int, root: str) -> dict[str, Any]:
                 found[f"{name}, again"] = run_of(parallel)
     if ranks == 4:
         other = {"tensor": 1, "expert": 4}, {"tensor": 2, "expert": 1}, {"tensor": 1, "expert": 1, "expert_tensor": 4}
+        other = *other, {"tensor": 2, "expert": 2, "data": "zero1"}
         found["restored"] = [restored(parallel, root) for parallel in other]
     return found
 
@@ -155,7 +157,7 @@ def runs_of_rank(rank: int, ranks: int, root: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     root = str(tmp_path_factory.mktemp("cut"))
-    return {ranks: run_gang(runs_of_rank, ranks, ranks, root, timeout_seconds=300) for ranks in (1, 2, 4)}
+    return {ranks: run_gang(runs_of_rank, ranks, ranks, root, timeout_seconds=300) for ranks in (1, 2, 3, 4)}
 
 
 def test_twenty_steps_have_the_losses_of_one_process(runs):
@@ -186,7 +188,7 @@ def test_checkpoint_of_a_cut_model_loads_into_other_cuts(runs):
     saved: dict[str, torch.Tensor] = {}
     for found in runs[4]:
         saved |= found["tensor 2, expert 2, expert-tensor 2"]["state"]
-    for layout in range(3):
+    for layout in range(4):
         loaded: dict[str, torch.Tensor] = {}
         for found in runs[4]:
             loaded |= found["restored"][layout]

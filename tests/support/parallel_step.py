@@ -12,6 +12,7 @@ from moe_dist.config import Config
 from moe_dist.optim import build_adamw
 from moe_dist.parallel.layout import Layout, layout_of, ranks_of_node
 from moe_dist.parallel.mesh import Mesh, build_mesh
+from moe_dist.parallel.zero import share_out
 from moe_dist.train.step import Trainee
 from moe_dist.verify import step
 from moe_dist.verify.compare import first_difference
@@ -32,9 +33,8 @@ def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Tra
     asked = config.parallel.model_copy(update={"expert": expert})
     layout = layout_of(config.model_copy(update={"parallel": asked}), dist.get_world_size(), node)
     trainee = step.parallel_trainee(config, mesh_of(layout))
-    if optimizer == "sgd":
-        return trainee
-    return replace(trainee, optimizer=build_adamw(trainee.model, config.optimizer))
+    steps = trainee.optimizer if optimizer == "sgd" else build_adamw(trainee.model, config.optimizer)
+    return replace(trainee, optimizer=share_out(steps, trainee.model, trainee.mesh, config.parallel))
 
 
 def candidate_step(rank: int, config: Config, expert: int, rows_by_rank: list[Tensor]) -> StepProof:

@@ -6,10 +6,13 @@ import itertools
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from moe_dist.checkpoint import pieces
 from moe_dist.config.schema import OptimizerConfig
 from moe_dist.errors import TrainingFault
 from moe_dist.optim import build_adamw, learning_rate
@@ -80,9 +83,10 @@ class Rows:
         self.cursor = state["cursor"]
 
 
-def run_config(folder: str, precision: str = "fp32"):
+def run_config(folder: str, precision: str = "fp32", data: str = "replicate"):
     return small_config(
         {"capacity_factor": 1.0},
+        parallel={"data": data},
         run={"dir": folder},
         train={"steps": 6, "precision": precision, "micro_batch_sequences": 2},
         checkpoint={"every_steps": 2, "keep": 5},
@@ -91,9 +95,11 @@ def run_config(folder: str, precision: str = "fp32"):
     )
 
 
-def run_trainer(rank: int, folder: str, degree: int, ranks: int, stop_after: int = 100) -> dict[str, Any]:
+def run_trainer(
+    rank: int, folder: str, degree: int, ranks: int, stop_after: int = 100, data: str = "replicate"
+) -> dict[str, Any]:
     """Trains in a run's directory, asked to stop after so many updates of this process."""
-    trainee = parallel_trainee(run_config(folder), degree, optimizer="adamw")
+    trainee = parallel_trainee(run_config(folder, data=data), degree, optimizer="adamw")
     recorder = Recorder(Path(folder), rank == 0, flops_per_token=1e3, peak_flops=1e9)
     held_out = HeldOut(random_rows(4, seed=99), 4, torch.ones(VOCAB, dtype=torch.int64))
     trainer = Trainer(trainee, Rows(rank, ranks), held_out, recorder)
@@ -162,6 +168,53 @@ def test_run_stopped_and_continued_equals_one_never_stopped(tmp_path):
             whole = [row["loss"] for row in found["whole"]["rows"]]
             for row, loss in zip(found["other layout continued"]["rows"], whole, strict=True):
                 assert row["loss"] == pytest.approx(loss, rel=RELATIVE[torch.float32])
+
+
+def runs_with_shared_state(rank: int, folder: str) -> dict[str, Any]:
+    """Runs of two copies of everything, the optimizer's state whole or shared out, and changing between the two."""
+    found = {"replicate": run_trainer(rank, f"{folder}/replicate", 1, 2)}
+    found["zero1"] = run_trainer(rank, f"{folder}/zero1", 1, 2, data="zero1")
+    for first in ("replicate", "zero1"):
+        for then in ("replicate", "zero1"):
+            run = f"{folder}/{first}-{then}"
+            run_trainer(rank, run, 1, 2, stop_after=3, data=first)
+            found[f"{first}, then {then}"] = run_trainer(rank, run, 1, 2, data=then)
+    for name, mistake in mistakes_of_shared_state().items():
+        run = f"{folder}/{name}"
+        run_trainer(rank, run, 1, 2, stop_after=3, data="zero1")
+        with mistake:
+            found[f"planted: {name}"] = run_trainer(rank, run, 1, 2, data="zero1")
+    return found
+
+
+def mistakes_of_shared_state() -> dict[str, Any]:
+    shares, prepare = ZeroRedundancyOptimizer._broadcast_params_from_rank, pieces.prepare_moments
+
+    def from_the_next(self: Any, rank: int) -> Any:
+        return shares(self, (rank + 1) % self.world_size) if rank == 0 else []
+
+    def no_moments(optimizer: Any, updates: int) -> None:
+        prepare(optimizer, updates)
+        for part in optimizer.parts:
+            part.optim.state.clear()
+
+    return {
+        "one shard is given to nobody": mock.patch.object(
+            ZeroRedundancyOptimizer, "_broadcast_params_from_rank", from_the_next
+        ),
+        "moments of the shard are not read": mock.patch.object(pieces, "prepare_moments", no_moments),
+    }
+
+
+def test_runs_that_share_out_the_optimizers_state_have_the_bits_of_those_that_do_not(tmp_path):
+    for rank, found in enumerate(run_gang(runs_with_shared_state, 2, str(tmp_path))):
+        whole = found.pop("replicate")
+        for name, run in found.items():
+            equal = all(torch.equal(whole["weights"][n], weight) for n, weight in run["weights"].items())
+            assert equal != name.startswith("planted"), f"rank {rank}: {name}"
+            if rank == 0 and equal:
+                assert equal_runs(whole, run), name
+            assert run["first"] == (0 if name == "zero1" else 3)
 
 
 def test_record_of_an_older_version_is_continued(tmp_path):
