@@ -51,8 +51,8 @@ def verify(
 ) -> None:
     """Prove that every layout trains the same model: the config, shrunk, on many layouts against one process.
 
-    Each cell is one training step in fp64 of one layout (data, expert parallel), dispatcher, cut into micro-batches,
-    capacity and balance scope. Routing, loss terms, gradients, gradient norm and updated weights must equal those of
+    Each cell is one training step in fp64: a layout (data, tensor, expert parallel), dispatcher, cut into micro-batches,
+    capacity, balance scope, recompute. Routing, loss terms, gradients, their norm and updated weights must equal those of
     one process to 1e-10. Exit code 0: all equal; 1: a cell differs, with the first tensor that does and what that
     suggests (docs/numerics.md); 2: wrong input. No data, GPU or Ray is needed.
 
@@ -73,22 +73,23 @@ def verify(
     raise typer.Exit(0 if summary["equal"] else 1)
 
 
-def _prove(config: Config, ranks: int, full: bool, folder: Path, worker: str = WORKER) -> dict[str, Any]:
+def _prove(config: Config, ranks: int, full: bool, folder: Path) -> dict[str, Any]:
     """Judges the one-process model, makes its steps, and lets the ranks compare theirs with them."""
     from launch.local import run_local
     from launch.progress import follow, open_display
     from launch.verify_run import FULL_FILE
+    from moe_dist.verify.lattice import cells_of
     from moe_dist.verify.proof import Proof
 
     if full:
         (folder / FULL_FILE).touch()
     with open_display() as display, contextlib.redirect_stdout(sys.stderr):
-        proof = Proof(config, ranks, full, folder)
+        proof = Proof(config, ranks, cells_of(config, ranks, full), folder)
         reference = proof.judge_layers(lambda done, total: display.update("reference", done, total))
         proof.write_oracles(lambda done, total: display.update("one process", done, total))
         display.message(f"{len(proof.cells)} cells on {ranks} ranks")
         with follow(folder, display):
-            summary = run_local(config, folder, ranks, worker, say=display.message)
+            summary = run_local(config, folder, ranks, WORKER, say=display.message)
     equal = summary["equal"] and reference["first_difference"] is None
     return {**summary, "reference": reference, "equal": equal}
 
@@ -101,13 +102,13 @@ def _print(summary: dict[str, Any], stream: TextIO) -> None:
     console.width = max(console.width, _LEAST_WIDTH)
     cells = summary["cells"]
     changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in summary["shrunk"].items())
-    console.print(f"shrunk: {changes or 'nothing'}")
+    console.print(f"shrunk: {changes or 'nothing'}\n")
     names = [name.replace("_", "-") for name in cells[0]["degrees"]]
     heads = [*names, *cells[0]["options"], *cells[0]["stages"], "equal"]
     table = Table(*(Column(head, no_wrap=True) for head in heads), box=None, pad_edge=False)
     different = [cell for cell in cells if not cell["equal"]]
     for cell in (different or cells)[:_ROWS_SHOWN]:
-        stages = (f"{error:.1e}" if error else "0" for error in cell["stages"].values())
+        stages = (f"{error:.0e}" if error else "0" for error in cell["stages"].values())
         words = [*map(str, cell["degrees"].values()), *cell["options"].values()]
         table.add_row(*words, *stages, "yes" if cell["equal"] else "NO")
     console.print(table)

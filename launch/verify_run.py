@@ -10,6 +10,7 @@ from launch.interrupt import STOP_FILE
 from moe_dist.config import Config
 from moe_dist.runtime.process import Process
 from moe_dist.train import PROGRESS_FILE
+from moe_dist.verify.lattice import cells_of
 from moe_dist.verify.proof import Proof, Result, summary_of
 
 FULL_FILE = "full"  # beside the oracles, where all cells are asked for
@@ -26,7 +27,8 @@ def run_cells(config: Config, folder: Path, process: Process) -> dict[str, Any]:
     Returns:
         The summary, with `status`: `finished` or `interrupted`.
     """
-    proof = Proof(config, process.world_size, (folder / FULL_FILE).exists(), folder)
+    cells = cells_of(config, process.world_size, (folder / FULL_FILE).exists())
+    proof = Proof(config, process.world_size, cells, folder)
     run_dir, different = Path(config.run.dir), 0
     results: list[Result] = []
     for result in proof.run((run_dir / STOP_FILE).exists):

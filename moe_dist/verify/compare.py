@@ -122,30 +122,32 @@ def first_difference(found: Sequence[StepProof], expected: StepProof, tolerance:
 
 
 def _order(difference: Difference) -> tuple[int, int]:
-    """Stage, then term or group; the sort is stable, so that ranks and the order of the model remain."""
-    groups = GROUPS if difference.group in GROUPS else TERMS
-    place = groups.index(difference.group) if difference.group in groups else 0
-    return STAGES.index(difference.stage), place
+    """Stage, then layer, term or group; the sort is stable, so that ranks and the order of the model remain."""
+    stage, group = difference.stage, difference.group
+    if stage == "routing":
+        return 0, int(difference.name) if difference.name.isdecimal() else len(difference.name) + 10**6
+    return STAGES.index(stage), (*GROUPS, *TERMS, "grad_norm").index(group)
 
 
 def _routing(found: StepProof, expected: StepProof) -> Iterator[Difference]:
-    for kind, got, wanted in zip(("demand", "served rows"), found.counts, expected.counts, strict=True):
-        error = float((got - wanted).abs().sum()) / max(1, int(wanted.sum()))
-        yield Difference("routing", kind, kind, error, f"routing counts: {kind} of the experts")
     for layer, (parts, [whole]) in enumerate(zip(found.choices, expected.choices, strict=True)):
         for mine in parts:
             yield _choices(layer, mine, whole)
+    for kind, got, wanted in zip(("demand", "served rows"), found.counts, expected.counts, strict=True):
+        error = float((got - wanted).abs().sum()) / max(1, int(wanted.sum()))
+        yield Difference("routing", kind, kind, error, f"routing counts: {kind} of the experts")
 
 
 def _choices(layer: int, mine: Choices, whole: Choices) -> Difference:
     tokens = mine.end - mine.first
     difference = ledger.compare(mine, whole.part(mine.first, tokens))
     others = difference.experts + difference.drops
-    text = f"routing of {others} of {tokens} tokens in layer {layer}"
+    text = f"routing of {others} of {tokens} tokens in MoE layer {layer}"
     if difference.first is not None:
         text += f", first token {mine.first + difference.first}"
         text += f" ({difference.experts} ask for other experts, {difference.drops} have other choices dropped)"
-    return Difference("routing", "choices", f"layer {layer}", others / max(1, tokens), text)
+    kind = "choices" if difference.experts else "drops"
+    return Difference("routing", kind, str(layer), others / max(1, tokens), text)
 
 
 def _scalars(

@@ -35,10 +35,20 @@ def diagnose(report: Report, degrees: Mapping[str, int]) -> str | None:
 
 
 def _routing(report: Report) -> str:
-    kinds = {difference.group for difference in report.differences if difference.stage == "routing"}
-    if "choices" not in kinds:
+    """The first layer that routes otherwise tells where to look; what comes after it differs in consequence."""
+    first = report.differences[0]
+    if not first.name.isdecimal():
+        kinds = {difference.group for difference in report.differences if difference.stage == "routing"}
         return f"tokens are routed alike, but the {_list(sorted(kinds))} are not counted once each over all ranks"
-    return "tokens ask for other experts or lose other choices; what comes after differs in consequence"
+    asks = first.group == "choices"
+    what = "tokens ask for other experts" if asks else "the same choices are made and others dropped"
+    if first.name == "0":
+        where = "the router, its random numbers or its input" if asks else "capacity or its order"
+        return f"{what} in the first MoE layer: look at {where}; what comes after differs in consequence"
+    return (
+        f"{what} in MoE layer {first.name}, while the layers before it route alike: its input is wrong, so look at "
+        "what layers before it return: rows lost, mixed up or weighed wrongly on their way"
+    )
 
 
 def _terms(report: Report, degrees: Mapping[str, int]) -> str:
@@ -100,16 +110,23 @@ def _list(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
-def common_ground(failing: Sequence[Mapping[str, str]], every: Sequence[Mapping[str, str]]) -> str:
-    """What cells that fail share and others lack: options of which only some values fail.
+def common_ground(every: Sequence[Mapping[str, str]], failing: Sequence[bool]) -> str:
+    """What cells that fail share and others lack.
 
     Args:
-        failing: Layout and options of the cells that fail alike.
-        every: Those of all cells.
+        every: Layout and options of all cells.
+        failing: Whether each fails in the way that is asked about.
     """
-    told = []
+    exact, only = [], []
     for name in every[0]:
-        bad, all_values = ({cell[name] for cell in cells} for cells in (failing, every))
-        if bad < all_values and len(bad) <= max(1, len(all_values) // 2):
-            told.append(f"{name} {' or '.join(sorted(bad))}")
-    return "only with " + "; ".join(told) if told else "whatever the layout and options"
+        bad, good = (
+            {cell[name] for cell, fails in zip(every, failing, strict=True) if fails is of} for of in (True, False)
+        )
+        values = f"{name} {' or '.join(sorted(bad))}"
+        if good and not bad & good:
+            exact.append(values)
+        elif good - bad and len(bad) <= max(1, len(bad | good) // 2):
+            only.append(values)
+    if exact:
+        return f"in all cells with {' and '.join(exact)} and in no other"
+    return f"only with {' and '.join(only)}, but not in all such cells" if only else "whatever the layout and options"

@@ -22,7 +22,7 @@ from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh, build_mesh, close_mesh
 from moe_dist.verify.compare import STAGES, Difference, Report, compare_step, join_reports
 from moe_dist.verify.diagnosis import common_ground, diagnose
-from moe_dist.verify.lattice import Cell, cells_of, config_of, cut_of, depends_on_cut, oracle_key, rows_of
+from moe_dist.verify.lattice import Cell, config_of, cut_of, depends_on_cut, oracle_key, rows_of
 from moe_dist.verify.reference import judge_layers
 from moe_dist.verify.step import StepProof, candidate_step, oracle_step, parallel_trainee
 from moe_dist.verify.tolerances import RELATIVE
@@ -50,14 +50,13 @@ class Proof:
     Args:
         config: Small enough (`shrunk`).
         ranks: Processes.
-        full: All cells, rather than those in which every pair of choices meets.
+        cells: What is proven, neighbours of one layout together.
         folder: Of the oracles' steps.
     """
 
-    def __init__(self, config: Config, ranks: int, full: bool, folder: Path) -> None:
-        self.config, self.ranks, self.folder = config, ranks, folder
-        self.cells = cells_of(config, ranks, full)
-        self._keys = [oracle_key(config, cell) for cell in self.cells]
+    def __init__(self, config: Config, ranks: int, cells: list[Cell], folder: Path) -> None:
+        self.config, self.ranks, self.cells, self.folder = config, ranks, cells, folder
+        self._keys = [oracle_key(config, cell) for cell in cells]
         self._order = list(dict.fromkeys(self._keys))
 
     def judge_layers(self, tell: Tell) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def summary_of(results: Sequence[Result]) -> dict[str, Any]:
             "first_difference": cells[places[0]]["first_difference"],
             "diagnoses": list(dict.fromkeys(cells[place]["diagnosis"] for place in places)),
             "layouts": list(dict.fromkeys(cells[place]["layout"] for place in places)),
-            "common": common_ground([every[place] for place in places], every),
+            "common": common_ground(every, [place in places for place in range(len(every))]),
         }
         for (stage, group), places in alike.items()
     ]
