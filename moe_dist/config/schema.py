@@ -214,6 +214,12 @@ class TrainConfig(Section):
         "What the backward pass computes again rather than keeps: nothing; attention, norms, dense feed-forwards and "
         "the shared expert, but no routed expert and no exchange; or all inside every block, exchanges included.",
     )
+    loss_chunk_tokens: int | None = key(
+        1024,
+        "Tokens whose scores over the whole vocabulary exist at once; null makes those of a micro-batch together.",
+        "tokens",
+        ge=1,
+    )
     clip_norm: float | None = key(1.0, "Gradients are scaled down to this global norm; null does not clip.", gt=0)
     routing_ledger: Literal["none", "record"] = key(
         "none", "`record` writes the experts of every token at every step to the folder `routing` in run.dir."

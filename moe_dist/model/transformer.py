@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.model.block import Block
 from moe_dist.model.norm import RMSNorm
 from moe_dist.model.rope import rope_table
+from moe_dist.model.vocabulary import VocabularyShare, WholeVocabulary
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
 from moe_dist.moe.ledger import Choices
@@ -27,8 +28,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, number) for number in range(config.num_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
-        # Set by `parallel` where processes share the vocabulary: from hidden states and targets to nats [T].
-        self.nats_of: Callable[[Tensor, Tensor], Tensor] | None = None
+        # Set by `parallel` where processes share the vocabulary.
+        self.vocabulary: VocabularyShare = WholeVocabulary()
 
     def forward(
         self,
@@ -60,9 +61,14 @@ class Transformer(nn.Module):
                 records.append(record)
         return self.final_norm(x_BSD), records
 
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D]; the embedding itself where they are tied."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, [..., V], of hidden states [..., D]."""
-        return F.linear(hidden, self.embedding.weight if self.output is None else self.output.weight)
+        return F.linear(hidden, self.output_weight)
 
     def moe_layers(self) -> Iterator[tuple[str, MoELayer]]:
         """(name, layer) of every mixture-of-experts layer, in order."""

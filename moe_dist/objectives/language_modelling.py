@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config import MoEConfig
@@ -14,6 +13,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoERecord
 from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
+from moe_dist.objectives.cross_entropy import nats_of_tokens, summed_nats
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def language_modelling_sums(
     draw: Draw | None = None,
     demand: Mapping[int, Tensor] | None = None,
     replay: Mapping[int, Choices] | None = None,
+    chunk_tokens: int | None = None,
 ) -> LossSums:
     """Runs a micro-batch.
 
@@ -55,19 +56,18 @@ def language_modelling_sums(
         draw: Names the random numbers of routers that draw some.
         demand: What the balance terms know of the step's demand, see `RoutingContext`.
         replay: Choices to be followed, by number of the block.
+        chunk_tokens: Tokens whose scores over the vocabulary exist at once; None for all.
     """
     hidden_BSD, records = model(rows[:, :-1], draw=draw, demand=demand, replay=replay)
-    nats_T = token_nats(model, hidden_BSD, rows[:, 1:])
-    nothing = nats_T.new_zeros(3)
+    hidden_TD, target_T = model.vocabulary.hidden(hidden_BSD), rows[:, 1:].flatten()
+    cross_entropy = summed_nats(hidden_TD, model.output_weight, target_T, model.vocabulary, chunk_tokens)
+    nothing = cross_entropy.new_zeros(3)
     terms = [torch.stack([r.balance_sum, r.group_balance_sum, r.z_sum]) for r in records]
     balance, group_balance, z = torch.stack(terms).sum(0) if terms else nothing
-    return LossSums(nats_T.sum(), balance, group_balance, z, records)
+    return LossSums(cross_entropy, balance, group_balance, z, records)
 
 
-def token_nats(model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-    """Cross-entropy of every target, fp32 or wider, [T]."""
-    if model.nats_of is not None:
-        return model.nats_of(hidden_BSD, targets_BS)
-    logits_TV = model.logits(hidden_BSD).flatten(0, 1)
-    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    return F.cross_entropy(logits_TV, targets_BS.flatten(), reduction="none")
+def token_nats(model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor, chunk_tokens: int | None) -> Tensor:
+    """Cross-entropy of every target, fp32 or wider, [T]; without gradient."""
+    hidden_TD = model.vocabulary.hidden(hidden_BSD)
+    return nats_of_tokens(hidden_TD, model.output_weight, targets_BS.flatten(), model.vocabulary, chunk_tokens)

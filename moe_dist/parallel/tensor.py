@@ -78,13 +78,34 @@ def cut_tensors(model: Transformer, mesh: Mesh) -> None:
             dense.gate_up = _cut_linear(dense.gate_up, Cut(0, parts, place, sections=2))
             dense.down = _cut_linear(dense.down, Cut(1, parts, place))
             _exchange_around(dense, group)
+    model.vocabulary = SharedVocabulary(group, place * (model.config.vocab_size // parts))
 
-    def nats_of(hidden_1tD: Tensor, targets_BS: Tensor) -> Tensor:
-        logits_Tv = model.logits(gather_tokens(hidden_1tD.flatten(0, 1), group))
-        logits_Tv = logits_Tv.to(torch.promote_types(logits_Tv.dtype, torch.float32))
-        return vocabulary_nats(logits_Tv, targets_BS.flatten(), group)
 
-    model.nats_of = nats_of
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """The ids that this rank scores: its part of the output weight.
+
+    Scores are never gathered: the largest, the sum of exponentials and the score of the target are reduced. The result
+    is the same on all ranks, and each backward takes its gradient once.
+
+    Attributes:
+        group: The tensor group.
+        first: The first id here.
+    """
+
+    group: dist.ProcessGroup
+    first: int
+
+    def hidden(self, x_1tD: Tensor) -> Tensor:
+        return gather_tokens(x_1tD.flatten(0, 1), self.group)
+
+    def largest(self, value_C: Tensor) -> Tensor:
+        dist.all_reduce(value_C, op=dist.ReduceOp.MAX, group=self.group)
+        return value_C
+
+    def total(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value, group=self.group)
+        return value
 
 
 class VocabularyEmbedding(nn.Embedding):
@@ -142,40 +163,6 @@ def _exchange_around(module: Attention | FeedForward, group: dist.ProcessGroup) 
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
-
-
-def vocabulary_nats(logits_Tv: Tensor, target_T: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Cross-entropy [T] of scores of which each rank has those of its share of the vocabulary, [T, V / ranks].
-
-    Scores are never gathered: the largest, the sum of exponentials and the score of the target are reduced. The result
-    is the same on all ranks, and each backward takes its gradient once.
-    """
-    return _VocabularyNats.apply(logits_Tv, target_T, group)
-
-
-class _VocabularyNats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_Tv: Tensor, target_T: Tensor, group: dist.ProcessGroup) -> Tensor:
-        size = logits_Tv.shape[1]
-        local_T = target_T - dist.get_rank(group) * size
-        inside_T = (local_T >= 0) & (local_T < size)
-        local_T = local_T.where(inside_T, 0)
-        top_T = logits_Tv.amax(-1)
-        dist.all_reduce(top_T, op=dist.ReduceOp.MAX, group=group)
-        shifted_Tv = logits_Tv - top_T[:, None]
-        told_T = shifted_Tv.gather(1, local_T[:, None])[:, 0].where(inside_T, 0)
-        exponential_Tv = shifted_Tv.exp_()
-        sums = torch.stack([exponential_Tv.sum(-1), told_T])
-        dist.all_reduce(sums, group=group)
-        ctx.save_for_backward(exponential_Tv.div_(sums[0][:, None]), local_T, inside_T)
-        return sums[0].log() - sums[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        probability_Tv, local_T, inside_T = ctx.saved_tensors
-        grad_Tv = probability_Tv * grads[0][:, None]
-        grad_Tv.scatter_add_(1, local_T[:, None], -(grads[0] * inside_T)[:, None])
-        return grad_Tv, None, None
 
 
 def gather_cut(piece: GlobalTensor, held: Tensor, mesh: Mesh) -> Tensor:

@@ -51,7 +51,7 @@ def evaluate(trainee: Trainee, held_out: HeldOut) -> Evaluation:
     for rows in held_out.rows.tensor_split(parts):
         with autocast(config, rows.device):
             hidden, _ = trainee.model(rows[:, :-1])
-            nats_T = token_nats(trainee.model, hidden, rows[:, 1:])
+            nats_T = token_nats(trainee.model, hidden, rows[:, 1:], config.train.loss_chunk_tokens)
         length = held_out.token_bytes[rows[:, 1:]].sum()
         sums += torch.stack([nats_T.double().sum(), length.double(), nats_T.new_tensor(nats_T.numel()).double()])
     trainee.model.train()

@@ -124,7 +124,8 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     demand, followed = _decided_before(trainee, passes, replay)
     for number, ((micro_batch, draw), follow) in enumerate(zip(passes, followed, strict=True), start=1):
         with autocast(config, rows.device):
-            sums = language_modelling_sums(trainee.model, micro_batch, draw, demand, follow)
+            chunk = config.train.loss_chunk_tokens
+            sums = language_modelling_sums(trainee.model, micro_batch, draw, demand, follow, chunk)
         if ledger:
             ledger.keep(sums.records, draw.first_row, length)
         if number == len(passes):
