@@ -347,7 +347,7 @@ def _ledger_rules(config: Config) -> Iterator[ConfigError]:
                 "parallel.tensor",
                 config.parallel.tensor,
                 f"train.{key}: a ledger has whole rows of a rank, which the ranks of a tensor group share",
-                "parallel.tensor=1: the choices are the same",
+                "parallel.tensor=1",
             )
     train, own = config.train, os.path.abspath(config.run.dir)
     replay = None if train.routing_replay is None else os.path.abspath(train.routing_replay)

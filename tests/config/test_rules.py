@@ -222,6 +222,10 @@ BROKEN = [
         {"run": {"dir": "r"}, "train": {"routing_ledger": "record", "routing_replay": "r/routing"}},
         ("train.routing_ledger", "record", "overwrite the ledger", "train.routing_ledger=none, or another run.dir"),
     ),
+    (
+        {"parallel": {"tensor": 2}, "train": {"routing_ledger": "record"}},
+        ("parallel.tensor", 2, "whole rows of a rank", "parallel.tensor=1"),
+    ),
 ]
 
 

@@ -51,6 +51,7 @@ def config_of(variant: str, ranks: int, degrees: tuple[int, int, int]) -> Config
     parallel = {"tensor": tensor, "expert": expert, "expert_tensor": cut}
     by_rank = moe.get("capacity_group") == "rank" or moe.get("balance_scope") == "micro_batch"
     train = {"global_batch_sequences": ROWS[ranks], "micro_batch_sequences": ROWS[ranks] if by_rank else 2}
+    train |= {"loss_chunk_tokens": 7}  # more than one chunk, the last one smaller
     options = {"balance_loss": 0.2, "z_loss": 0.01, **moe}
     return small_config(options, model={**MODEL, **model}, parallel=parallel, train={**train, "clip_norm": 0.5})
 
