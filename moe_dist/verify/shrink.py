@@ -50,7 +50,7 @@ def shrunk(config: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
     train |= {"routing_ledger": "none", "routing_replay": None, "threads_per_rank": 1}
     tree["optimizer"] |= {"lr": 1.0, "warmup_steps": 0, "min_lr_fraction": 1.0}
     # The lattice names a layout and a dispatcher of its own for every cell.
-    tree["parallel"] = {"overlap_chunks": tree["parallel"]["overlap_chunks"]}
+    tree["parallel"] = {name: tree["parallel"][name] for name in ("overlap_chunks", "overlap_gradients")}
     small = parse_config(tree)
     return small, {
         key: (old, new) for key, (old, new) in _changes(config, small) if not key.startswith(("parallel.", "run."))

@@ -62,8 +62,8 @@ def _scaled(kind: str, factor: Callable[[Gradients], float]) -> Patch:
 def _shared_scaled_by_tensor_degree() -> Patch:
     original = Gradients.__init__
 
-    def init(self: Any, model: Any, mesh: Any) -> None:
-        original(self, model, mesh)
+    def init(self: Any, model: Any, *given: Any) -> None:
+        original(self, model, *given)
         self.shared = [p for name, p in model.named_parameters() if ".shared." in name]
 
     def reduce(self: Any) -> None:
@@ -75,25 +75,14 @@ def _shared_scaled_by_tensor_degree() -> Patch:
     return mock.patch.multiple(Gradients, __init__=init, reduce=reduce)
 
 
-def _experts_not_summed() -> Patch:
-    original = gradients_module._sum_in_buckets
+def _left_on_their_rank(part: str) -> Patch:
+    """Parameters with this in their name are summed over nobody."""
+    original = gradients_module.reduction_group
 
-    def sum_in_buckets(parameters: Any, group: Any) -> None:
-        if group.size() == RANKS:
-            original(parameters, group)
+    def reduction_group(model: Any, name: str, mesh: Any) -> Any:
+        return mesh.expert_tensor if part in name else original(model, name, mesh)  # of one rank in all layouts here
 
-    return mock.patch.object(gradients_module, "_sum_in_buckets", sum_in_buckets)
-
-
-def _routers_left_out() -> Patch:
-    original = Gradients.__init__
-
-    def init(self: Any, model: Any, mesh: Any) -> None:
-        original(self, model, mesh)
-        routers = {id(parameter) for name, parameter in model.named_parameters() if name.endswith("router.weight")}
-        self.dense = [parameter for parameter in self.dense if id(parameter) not in routers]
-
-    return mock.patch.object(Gradients, "__init__", init)
+    return mock.patch.object(gradients_module, "reduction_group", reduction_group)
 
 
 def _mean_over_micro_batches() -> Patch:
@@ -166,14 +155,14 @@ MISTAKES: dict[str, Mistake] = {
         COPIES,
     ),
     "expert gradients not summed over copies": Mistake(
-        _experts_not_summed,
+        lambda: _left_on_their_rank(".experts."),
         "gradients",
         "experts",
         ("gradients of the experts are wrong by no common factor; ranks hold different values",),
         COPIES,
     ),
     "router gradients left on their rank": Mistake(
-        _routers_left_out,
+        lambda: _left_on_their_rank("router.weight"),
         "gradients",
         "router",
         ("gradients of the router are wrong by no common factor; ranks hold different values", "of the embedding"),
