@@ -18,7 +18,9 @@ from moe_dist.config import Config, load_config
 from moe_dist.errors import Interrupted
 
 WORKER = "launch.verify_run:run_cells"
-_ROWS_SHOWN, _LEAST_WIDTH = 100, 180
+_ROWS_SHOWN, _LEAST_WIDTH = 100, 190
+_SHORT = {"expert_data": "copies", "expert_tensor": "cut", "balance_scope": "scope", "micro_batch": "micro"}
+_SHORT |= {"gradient norm": "norm"}
 
 
 def verify(
@@ -103,9 +105,8 @@ def _print(summary: dict[str, Any], stream: TextIO) -> None:
     cells = summary["cells"]
     changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in summary["shrunk"].items())
     console.print(f"shrunk: {changes or 'nothing'}\n")
-    names = [name.replace("_", "-") for name in cells[0]["degrees"]]
-    heads = [*names, *cells[0]["options"], *cells[0]["stages"], "equal"]
-    table = Table(*(Column(head, no_wrap=True) for head in heads), box=None, pad_edge=False)
+    heads = [*cells[0]["degrees"], *cells[0]["options"], *cells[0]["stages"], "equal"]
+    table = Table(*(Column(_SHORT.get(head, head), no_wrap=True) for head in heads), box=None, pad_edge=False)
     different = [cell for cell in cells if not cell["equal"]]
     for cell in (different or cells)[:_ROWS_SHOWN]:
         stages = (f"{error:.0e}" if error else "0" for error in cell["stages"].values())

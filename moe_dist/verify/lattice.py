@@ -87,12 +87,12 @@ def cells_of(config: Config, ranks: int, full: bool) -> list[Cell]:
     """
     places = [place for count in _divisors(ranks) for place in _places(config, count)]
     crossed = product(places, _capacities(config), _scopes(config), _recomputes())
-    cells = [
-        Cell(layout, dispatch, capacity, scope, batch, recompute)
+    firsts = [
+        Cell(layout, dispatch, capacity, scope, _batches(layout.data, ranks)[0], recompute)
         for (layout, dispatch), capacity, scope, recompute in crossed
-        for batch in _batches(layout.data, ranks)
     ]
-    cells = [cell for cell in cells if _legal(config, cell)]
+    legal = [cell for cell in firsts if _legal(config, cell)]  # whatever its batch
+    cells = [replace(cell, batch=batch) for cell in legal for batch in _batches(cell.layout.data, ranks)]
     return cells if full else _covering(cells)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,7 +72,9 @@ class Proof:
         worst, first = 0.0, None
         for done, (names, options) in enumerate(sets.items()):
             tell(done, len(sets))
-            for what, error in judge_layers(options).items():
+            with _one_thread():
+                errors = judge_layers(options)
+            for what, error in errors.items():
                 worst = max(worst, error)
                 if not error <= TOLERANCE and first is None:
                     first = f"{what} off by {error:.3g} with {' and '.join(names)}"
@@ -85,7 +88,8 @@ class Proof:
             cell = self.cells[self._keys.index(key)]
             options = config_of(self.config, cell)
             cut = cut_of(cell) if depends_on_cut(options.model.moe) else None
-            oracle_step(options, rows_of(self.config, cell), cut).write(self._path(key))
+            with _one_thread():
+                oracle_step(options, rows_of(self.config, cell), cut).write(self._path(key))
         tell(len(self._order), len(self._order))
 
     def run(self, stop_asked: Callable[[], bool]) -> Iterator[Result]:
@@ -116,6 +120,17 @@ class Proof:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"oracle-{self._order.index(key)}.pt"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from a second thread, and lose much where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache

