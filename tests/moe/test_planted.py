@@ -41,8 +41,8 @@ def demand_after_drops(*arguments: Any) -> plan.RoutingPlan:
     return dataclasses.replace(made, demand_E=made.served_E)
 
 
-def balance_of_kept(self: Any, decision: RoutingDecision, made: plan.RoutingPlan, *others: Any) -> Any:
-    return original_record(self, dataclasses.replace(decision, asks_TK=made.kept_TK), made, *others)
+def balance_of_kept(self: Any, chosen: Any, whole: plan.RoutingPlan, *others: Any) -> Any:
+    return original_balance_demand(self, (chosen[0], whole.kept_TK), whole, *others)
 
 
 def bias_of_fp32_counts(bias_E: Tensor, demand_E: Tensor, rate: float) -> Tensor:
@@ -79,7 +79,7 @@ def second_never_left_out(logits_TE: Tensor, config: Any, uniform_T: Tensor | No
 
 
 original_limit, original_plan = selection.limit_to_groups, layer.make_plan
-original_record = layer.MoELayer._record
+original_balance_demand = layer.MoELayer._balance_demand
 original_sigmoid, original_gshard = router_kinds.sigmoid_topk, router_kinds.gshard_top2
 TOP_1 = next(case for case in test_rules.BROKEN if "always 1" in case[1][2])
 CROSSED = ("position_choice_major", [[True, True], [True, False], [True, False]])
@@ -107,7 +107,7 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
         test_layer.test_layer_drops_do_not_reach_demand_or_balance,
     ),
     "11 balance fed with kept choices": (
-        *(layer.MoELayer, "_record", balance_of_kept),
+        *(layer.MoELayer, "_balance_demand", balance_of_kept),
         test_layer.test_layer_drops_do_not_reach_demand_or_balance,
     ),
     "12 bias cast with its module": (
