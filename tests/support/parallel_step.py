@@ -21,10 +21,14 @@ from moe_dist.verify.step import StepProof, oracle_step
 __all__ = ["StepProof", "candidate_step", "first_difference", "mesh_of", "oracle_step", "parallel_trainee"]
 
 
-@functools.cache
 def mesh_of(layout: Layout) -> Mesh:
-    """One mesh a layout and process: groups have threads, and a gang makes hundreds of steps."""
-    return build_mesh(layout, timeout_seconds=60)
+    """One mesh a layout and world: groups have threads, and a gang makes hundreds of steps."""
+    return _mesh_in(dist.group.WORLD, layout)
+
+
+@functools.cache
+def _mesh_in(world: dist.ProcessGroup, layout: Layout) -> Mesh:
+    return build_mesh(layout, timeout_seconds=60)  # of this world: groups of one that has ended are dead
 
 
 def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Trainee:
