@@ -26,6 +26,7 @@ from moe_dist.model.init import initialise
 from moe_dist.optim import build_adamw
 from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.collectives import gather_objects
+from moe_dist.parallel.fsdp import filling
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.layout import layout_of, ranks_of_node
 from moe_dist.parallel.mesh import Mesh, build_mesh
@@ -90,7 +91,7 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, mesh, config)
-    initialise(model, config.seed, device, parameter_type(config))
+    initialise(model, config.seed, device, parameter_type(config), filling)
     blocks = [layer.router.layer for _, layer in model.moe_layers()]
     ledger = RoutingLedger(config, blocks, mesh.rank, mesh.layout.ranks)
     optimizer = share_out(build_adamw(model, config.optimizer), model, mesh, config.parallel)

@@ -17,6 +17,7 @@ from moe_dist.config import parse_config
 from moe_dist.errors import CheckpointError
 from moe_dist.model.naming import Cut, global_tensors
 from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.fsdp import filling
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -78,9 +79,11 @@ def load_training_state(
     pieces.prepare_moments(optimizer, manifest["step"])
     with ExitStack() as stack, torch.no_grad():
         read = _reader(path, manifest, stack)
-        for piece, tensors in pieces.pieces_here(model, optimizer):
-            for kind, target in tensors.items():
-                read(f"{kind}/{piece.name}", target, piece.cut)
+        for of_parameter, tensors in pieces.parameters_here(model, optimizer):
+            for kind, held in tensors.items():
+                with filling(held) as target:
+                    for piece in of_parameter:
+                        read(f"{kind}/{piece.name}", piece.of(target), piece.cut)
         for name, buffer in pieces.buffers_here(model).items():
             read(name, buffer)
 

@@ -8,6 +8,8 @@ model/blocks.0.feed_forward.router.selection_bias                               
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from moe_dist.config import ModelConfig
 from moe_dist.model.naming import GlobalTensor, global_buffers, global_tensors
 from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.fsdp import whole
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.tensor import gather_cut
 from moe_dist.parallel.zero import ShardedOptimizer, state_holders
@@ -31,17 +34,27 @@ def expected_names(config: ModelConfig) -> set[str]:
     return pieces | set(buffers_here(model))
 
 
+def parameters_here(
+    model: Transformer, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[list[GlobalTensor], dict[str, Tensor]]]:
+    """Every parameter held by this rank: its pieces, its weight and, where their state is here, its moments by kind."""
+    state = {parameter: held for holder in state_holders(optimizer) for parameter, held in holder.state.items()}
+    for path, pieces in groupby(global_tensors(model), attrgetter("parameter")):
+        parameter = model.get_parameter(path)
+        tensors = {"model": parameter.detach()}
+        if parameter in state:
+            tensors |= {moment: state[parameter][moment] for moment in MOMENTS}
+        yield list(pieces), tensors
+
+
 def pieces_here(
     model: Transformer, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[GlobalTensor, dict[str, Tensor]]]:
-    """Every piece held by this rank, with its weight and, where their state is here, its moments as views by kind."""
-    state = {parameter: held for holder in state_holders(optimizer) for parameter, held in holder.state.items()}
-    for piece in global_tensors(model):
-        parameter = model.get_parameter(piece.parameter)
-        tensors = {"model": piece.of(parameter.detach())}
-        if parameter in state:
-            tensors |= {moment: piece.of(state[parameter][moment]) for moment in MOMENTS}
-        yield piece, tensors
+    """Every piece held by this rank with its tensors by kind; entered by all ranks that share out parameters."""
+    for pieces, tensors in parameters_here(model, optimizer):
+        held = {kind: whole(tensor) for kind, tensor in tensors.items()}
+        for piece in pieces:
+            yield piece, {kind: piece.of(tensor) for kind, tensor in held.items()}
 
 
 def buffers_here(model: Transformer) -> dict[str, Tensor]:
@@ -68,9 +81,10 @@ def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Me
             dense += 1
         else:
             mine = piece.index % mesh.layout.expert_data == mesh.expert_copy and first
-        whole = {f"{kind}/{piece.name}": gather_cut(piece, tensor, mesh) for kind, tensor in tensors.items()}
+        joined = {f"{kind}/{piece.name}": gather_cut(piece, tensor, mesh) for kind, tensor in tensors.items()}
         if mine:
-            owned.update(whole)
+            # Views of what was put together for this save alone would keep all of it.
+            owned |= {name: tensor.clone() if mesh.layout.shards else tensor for name, tensor in joined.items()}
     return owned
 
 

@@ -187,10 +187,18 @@ class ParallelConfig(Section):
         "parts",
         ge=1,
     )
-    data: Literal["replicate", "zero1"] = key(
+    data: Literal["replicate", "zero1", "fsdp"] = key(
         "replicate",
-        "What ranks that hold the same parameters keep of the optimizer's state: each all of it, or each that of some "
-        "parameters, which it updates for the others (ZeRO stage 1).",
+        "What ranks that hold the same parameters keep: each all of everything; each the optimizer's state of some "
+        "parameters, which it updates for the others (ZeRO stage 1); or each a part of every parameter, gradient and "
+        "state (FSDP2).",
+    )
+    data_shard: int | None = key(
+        None,
+        "Neighbouring data ranks over which fsdp shares out one copy of the parameters; between these copies gradients "
+        "are summed (hybrid). null takes all of them, which makes one copy.",
+        "ranks",
+        ge=1,
     )
     overlap_gradients: bool = key(
         False, "Gradients are summed over ranks beside the backward pass that makes them, and not after it."

@@ -14,28 +14,47 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from operator import attrgetter
 
 import torch
+from torch import Tensor
 
 from moe_dist.config import ModelConfig
 from moe_dist.model.naming import global_buffers, global_tensors
 from moe_dist.model.transformer import Transformer
 
 
-def initialise(model: Transformer, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+def initialise(
+    model: Transformer,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    filling: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
+) -> None:
     """Moves a model from `meta` to a device and fills every parameter and buffer held here.
 
     Numbers are drawn on the CPU in fp32, one stream a global name, and then cast: the device plays no part in them.
+
+    Args:
+        model: As cut for this rank.
+        seed: Of the run.
+        device: Where it goes.
+        dtype: Of weights and buffers.
+        filling: Gives what is written of a parameter of which this rank keeps a part.
     """
     model.to_empty(device=device)
     model.to(dtype)
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for piece in global_tensors(model):
-            target = piece.of(parameters[piece.parameter])
-            shape = target.shape if piece.cut is None else piece.cut.whole_shape(target.shape)
-            value = initial_value(piece.name, shape, model.config, seed)
-            target.copy_(value if piece.cut is None else piece.cut.take(value))
+        for path, pieces in groupby(global_tensors(model), attrgetter("parameter")):
+            with filling(model.get_parameter(path)) as parameter:
+                for piece in pieces:
+                    target = piece.of(parameter)
+                    shape = target.shape if piece.cut is None else piece.cut.whole_shape(target.shape)
+                    value = initial_value(piece.name, shape, model.config, seed)
+                    target.copy_(value if piece.cut is None else piece.cut.take(value))
         for buffer in global_buffers(model).values():
             buffer.zero_()
 

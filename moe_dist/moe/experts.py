@@ -145,7 +145,7 @@ class _Contiguous(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor) -> Tensor:
-        return y_RD.view_as(y_RD)
+        return y_RD.detach()  # the same memory, and to autograd no view
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

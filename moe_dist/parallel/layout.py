@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_dist.config import Config, ParallelConfig
 from moe_dist.errors import LayoutError
@@ -38,6 +38,8 @@ class Layout:
         ranks_per_node: Neighbouring ranks that share a node, where the dispatcher asks for it; divides `expert`.
         tensor: Ranks that share one copy of the dense parameters.
         expert_tensor: Ranks that share each expert, by its width.
+        data_shard: Data ranks that share out one copy of their dense parameters (fsdp); 1 where each keeps all.
+        expert_shard: Ranks that share out one copy of the same experts.
     """
 
     ranks: int
@@ -46,6 +48,8 @@ class Layout:
     ranks_per_node: int | None = None
     tensor: int = 1
     expert_tensor: int = 1
+    data_shard: int = 1
+    expert_shard: int = 1
 
     @property
     def data(self) -> int:
@@ -56,6 +60,11 @@ class Layout:
     def expert_data(self) -> int:
         """Copies of the experts."""
         return self.ranks // (self.expert * self.expert_tensor)
+
+    @property
+    def shards(self) -> bool:
+        """Whether any parameter is shared out over ranks that would otherwise hold the same."""
+        return self.data_shard > 1 or self.expert_shard > 1
 
     def data_place(self, rank: int) -> int:
         """Which rows of the batch a rank reads."""
@@ -82,17 +91,28 @@ class Layout:
         return range(self.num_experts * place // self.expert, self.num_experts * (place + 1) // self.expert)
 
     def groups(self) -> dict[str, list[list[int]]]:
-        """The ranks of every process group, by kind: those that agree on all but one index of a view."""
+        """The ranks of every process group, by kind: those that agree on all but one index of a view.
+
+        Where parameters are shared out over some of the ranks that hold the same, `data_shard` and `expert_shard` are
+        those that share one copy, `data_copies` and `expert_copies` those that keep the same part of different copies.
+        """
         ranks = range(self.ranks)
         expert = {rank: (self.expert_copy(rank), self.expert_tensor_place(rank)) for rank in ranks}
         same_experts = {rank: (self.expert_place(rank), self.expert_tensor_place(rank)) for rank in ranks}
-        return {
+        groups = {
             "tensor": _by({rank: self.data_place(rank) for rank in ranks}),
             "data": _by({rank: self.tensor_place(rank) for rank in ranks}),
             "expert": _by(expert),
             "expert_data": _by(same_experts),
             "expert_tensor": _by({rank: rank // self.expert_tensor for rank in ranks}),
         }
+        hybrid = (("data", self.data, self.data_shard), ("expert", self.expert_data, self.expert_shard))
+        for kind, alike, shard in hybrid:
+            if 1 < shard < alike:
+                rows = groups["data" if kind == "data" else "expert_data"]
+                groups[f"{kind}_shard"] = [row[at : at + shard] for row in rows for at in range(0, alike, shard)]
+                groups[f"{kind}_copies"] = [row[place::shard] for row in rows for place in range(shard)]
+        return groups
 
     def node_groups(self) -> tuple[list[list[int]], list[list[int]]]:
         """The ranks of every node, and those of the same place in the nodes of one expert group.
@@ -109,7 +129,8 @@ class Layout:
     def __str__(self) -> str:
         dense = f"data {self.data} x tensor {self.tensor}"
         experts = f"expert-data {self.expert_data} x expert {self.expert} x expert-tensor {self.expert_tensor}"
-        return f"{self.ranks} ranks: {dense}; {experts}"
+        shared = f"; fsdp over {self.data_shard} and {self.expert_shard}" if self.shards else ""
+        return f"{self.ranks} ranks: {dense}; {experts}{shared}"
 
 
 def ranks_of_node(parallel: ParallelConfig, environment: Mapping[str, str]) -> int | None:
@@ -135,7 +156,7 @@ def layout_of(config: Config, ranks: int, ranks_per_node: int | None = None) -> 
     Raises:
         LayoutError: There is none; with the rule that is broken and the nearest legal layouts.
     """
-    asked, experts = config.parallel, config.model.moe.num_experts
+    asked = config.parallel
     degrees = _Degrees(asked.tensor, asked.expert or 1, asked.expert_tensor)
     if asked.expert is None:
         open_ones = [_Degrees(asked.tensor, x, asked.expert_tensor) for x in _divisors(ranks)]
@@ -143,18 +164,22 @@ def layout_of(config: Config, ranks: int, ranks_per_node: int | None = None) -> 
     problem = _problem(config, ranks, degrees, ranks_per_node)
     if problem:
         name, rule = problem
-        if name == "ranks_per_node":
-            fix = min(_divisors(degrees.expert), key=lambda n: abs(n - (ranks_per_node or 1)))
-            raise LayoutError("parallel.ranks_per_node", ranks_per_node, rule, f"parallel.ranks_per_node={fix}")
+        beside = {
+            "ranks_per_node": (ranks_per_node, degrees.expert),
+            "data_shard": (asked.data_shard, ranks // degrees.tensor),
+        }
+        if name in beside:
+            value, whole = beside[name]
+            fix = min(_divisors(whole), key=lambda n: abs(n - (value or 1)))
+            raise LayoutError(f"parallel.{name}", value, rule, f"parallel.{name}={fix}")
         raise LayoutError(f"parallel.{name}", getattr(degrees, name), rule, _nearest(config, ranks, degrees))
-    return Layout(ranks, degrees.expert, experts, ranks_per_node, degrees.tensor, degrees.expert_tensor)
+    return _layout(config, ranks, degrees, ranks_per_node)
 
 
 def legal_layouts(config: Config, ranks: int, ranks_per_node: int | None = None) -> list[Layout]:
     """Every layout of so many ranks that the config's model can take, whatever degrees it asks for."""
-    experts = config.model.moe.num_experts
     legal = (d for d in _all_degrees(ranks) if not _problem(config, ranks, d, ranks_per_node))
-    return [Layout(ranks, d.expert, experts, ranks_per_node, d.tensor, d.expert_tensor) for d in legal]
+    return [_layout(config, ranks, degrees, ranks_per_node) for degrees in legal]
 
 
 @dataclass(frozen=True)
@@ -167,6 +192,16 @@ class _Degrees:
         """Distance in doublings."""
         pairs = ((self.tensor, other.tensor), (self.expert, other.expert), (self.expert_tensor, other.expert_tensor))
         return sum(abs(math.log2(a / b)) for a, b in pairs)
+
+
+def _layout(config: Config, ranks: int, degrees: _Degrees, node: int | None) -> Layout:
+    experts = config.model.moe.num_experts
+    plain = Layout(ranks, degrees.expert, experts, node, degrees.tensor, degrees.expert_tensor)
+    if config.parallel.data != "fsdp":
+        return plain
+    wanted = config.parallel.data_shard or ranks
+    # Experts are on fewer ranks alike than dense parameters are: there they are shared out as far as it goes.
+    return replace(plain, data_shard=math.gcd(plain.data, wanted), expert_shard=math.gcd(plain.expert_data, wanted))
 
 
 def _problem(config: Config, ranks: int, degrees: _Degrees, node: int | None) -> tuple[str, str] | None:
@@ -195,6 +230,9 @@ def _problems(config: Config, ranks: int, degrees: _Degrees, node: int | None) -
     if ranks % (expert * cut) or expert > experts:
         beside = f" over parallel.expert_tensor ({cut})" if cut > 1 else ""
         yield "expert", f"must divide the {ranks} ranks{beside} and not exceed model.moe.num_experts ({experts})"
+    shard = config.parallel.data_shard
+    if config.parallel.data == "fsdp" and shard is not None and (ranks // tensor) % shard:
+        yield "data_shard", f"must divide the {ranks // tensor} ranks that read rows of their own"
     if node is not None and expert % node:
         rule = f"must divide the {expert} ranks that share one copy of the experts, so that nodes cut them equally"
         yield "ranks_per_node", rule

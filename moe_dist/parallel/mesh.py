@@ -23,6 +23,10 @@ class Mesh:
         expert: Group that shares one copy of the experts, and exchanges tokens.
         expert_data: Ranks that hold the same cut of the same experts.
         expert_tensor: Group that shares each of its experts.
+        data_shard: Ranks that share out one copy of their dense parameters, where the layout does so.
+        data_copies: Ranks that keep the same part of different copies, where there are several.
+        expert_shard: The same of the experts.
+        expert_copies: The same of the experts.
         node: Ranks of the expert group on this node, where the layout knows nodes.
         rail: Ranks of the expert group with this rank's place in their nodes, where the layout knows nodes.
     """
@@ -35,6 +39,10 @@ class Mesh:
     expert: dist.ProcessGroup
     expert_data: dist.ProcessGroup
     expert_tensor: dist.ProcessGroup
+    data_shard: dist.ProcessGroup | None = None
+    data_copies: dist.ProcessGroup | None = None
+    expert_shard: dist.ProcessGroup | None = None
+    expert_copies: dist.ProcessGroup | None = None
     node: dist.ProcessGroup | None = None
     rail: dist.ProcessGroup | None = None
 
@@ -91,6 +99,10 @@ def build_mesh(layout: Layout, timeout_seconds: float, members: list[int] | None
         return mine
 
     kinds = {kind: world if kind == "data" and layout.tensor == 1 else of(g) for kind, g in layout.groups().items()}
+    if layout.data_shard > 1:
+        kinds.setdefault("data_shard", kinds["data"])
+    if layout.expert_shard > 1:
+        kinds.setdefault("expert_shard", kinds["expert_data"])
     mesh = Mesh(layout, rank, world, **kinds)
     if layout.ranks_per_node is None:
         return mesh

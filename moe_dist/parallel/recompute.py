@@ -92,7 +92,7 @@ class _FirstInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x.detach()[:0])
-        return x.view_as(x)
+        return x.detach()  # the same memory, and to autograd no view
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

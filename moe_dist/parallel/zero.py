@@ -51,7 +51,7 @@ class ShardedOptimizer(Optimizer):
 
 def share_out(optimizer: Optimizer, model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> Optimizer:
     """An optimizer without state as `parallel.data` asks for it."""
-    return optimizer if parallel.data == "replicate" else ShardedOptimizer(optimizer, model, mesh)
+    return ShardedOptimizer(optimizer, model, mesh) if parallel.data == "zero1" else optimizer
 
 
 def state_holders(optimizer: Optimizer) -> list[Optimizer]:

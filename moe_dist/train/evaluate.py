@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_dist.objectives.language_modelling import token_nats
 from moe_dist.parallel.collectives import sum_ranks
+from moe_dist.parallel.fsdp import part_again
 from moe_dist.train.step import Trainee, autocast
 
 
@@ -54,6 +55,7 @@ def evaluate(trainee: Trainee, held_out: HeldOut) -> Evaluation:
             nats_T = token_nats(trainee.model, hidden, rows[:, 1:], config.train.loss_chunk_tokens)
         length = held_out.token_bytes[rows[:, 1:]].sum()
         sums += torch.stack([nats_T.double().sum(), length.double(), nats_T.new_tensor(nats_T.numel()).double()])
+    part_again(trainee.model)
     trainee.model.train()
     nats, text_bytes, tokens = sum_ranks(sums, trainee.mesh.world).tolist()
     return Evaluation(loss=nats / tokens, bits_per_byte=nats / math.log(2) / text_bytes)

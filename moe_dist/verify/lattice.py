@@ -27,6 +27,13 @@ CAPACITIES: dict[str, dict[str, Any]] = {
     "drop by position": {**_DROPS, "drop_policy": "position_token_major"},
     "padded": {**_DROPS, "pad_to_capacity": True},
 }
+# How ranks that hold the same keep it; crossed with every layout, and with the options as far as pairs go.
+KEEPINGS: dict[str, dict[str, Any]] = {
+    "replicate": {"data": "replicate", "data_shard": None},
+    "zero1": {"data": "zero1", "data_shard": None},
+    "fsdp": {"data": "fsdp", "data_shard": None},
+    "fsdp in pairs": {"data": "fsdp", "data_shard": 2},
+}
 SCOPES = ("sequence", "global", "micro_batch")
 _DISPATCHERS = ("all_to_all", "deduplicated", "all_gather")
 _NODE_RANKS = 2
@@ -47,6 +54,7 @@ class Cell:
 
     layout: Layout
     dispatch: str
+    keeping: str
     capacity: str
     scope: str
     batch: Batch
@@ -55,7 +63,8 @@ class Cell:
     @property
     def options(self) -> dict[str, str]:
         """The options in words."""
-        words = {"dispatch": self.dispatch, "capacity": self.capacity, "balance_scope": self.scope}
+        words = {"dispatch": self.dispatch, "data": self.keeping}
+        words |= {"capacity": self.capacity, "balance_scope": self.scope}
         words |= {"rows": "+".join(map(str, self.batch.rows)), "micro_batch": str(self.batch.micro)}
         return words | ({} if self.recompute is None else {"recompute": self.recompute})
 
@@ -80,20 +89,24 @@ class Cell:
 def cells_of(config: Config, ranks: int, full: bool) -> list[Cell]:
     """The cells of a proof, layout by layout: all of them, or few in which every pair of choices meets.
 
+    Even of all of them, what ranks keep (`KEEPINGS`) is not crossed with everything: it has nothing to do with tokens.
+
     Args:
         config: Small enough (`shrunk`).
         ranks: Processes; their divisors are proven too.
         full: All cells.
     """
     places = [place for count in _divisors(ranks) for place in _places(config, count)]
-    crossed = product(places, _capacities(config), _scopes(config), _recomputes())
+    crossed = product(places, KEEPINGS, _capacities(config), _scopes(config), _recomputes())
     firsts = [
-        Cell(layout, dispatch, capacity, scope, _batches(layout.data, ranks)[0], recompute)
-        for (layout, dispatch), capacity, scope, recompute in crossed
+        Cell(layout, dispatch, keeping, capacity, scope, _batches(layout.data, ranks)[0], recompute)
+        for (layout, dispatch), keeping, capacity, scope, recompute in crossed
+        if _keeps_otherwise(layout, keeping)
     ]
-    legal = [cell for cell in firsts if _legal(config, cell)]  # whatever its batch
+    legal = [placed for cell in firsts if (placed := _placed(config, cell))]  # whatever its batch
     cells = [replace(cell, batch=batch) for cell in legal for batch in _batches(cell.layout.data, ranks)]
-    return cells if full else _covering(cells)
+    few = _covering(cells)
+    return [cell for cell in cells if cell.keeping == "replicate" or cell in few] if full else few
 
 
 def config_of(config: Config, cell: Cell) -> Config:
@@ -181,16 +194,28 @@ def _even(rows: int, readers: int) -> tuple[int, ...]:
     return tuple(rows * (reader + 1) // readers - rows * reader // readers for reader in range(readers))
 
 
-def _legal(config: Config, cell: Cell) -> bool:
-    """Whether the config allows a cell, and it is not what the config says anyway."""
+def _keeps_otherwise(layout: Layout, keeping: str) -> bool:
+    """Whether ranks of a layout would keep anything else than they do anyway."""
+    match keeping:
+        case "zero1":
+            return layout.ranks > 1
+        case "fsdp":
+            return layout.data > 1 or layout.expert_data > 1
+        case "fsdp in pairs":
+            return layout.data > 2 and layout.data % 2 == 0
+    return True
+
+
+def _placed(config: Config, cell: Cell) -> Cell | None:
+    """A cell with the layout that its config asks for; None if the config refuses it or says the same anyway."""
     tree, plain = _tree(config, cell), _tree(config, replace(cell, capacity=AS_CONFIGURED))
     again = cell.capacity != AS_CONFIGURED and tree["model"]["moe"] == plain["model"]["moe"]
     if again or find_problems(tree):
-        return False
+        return None
     try:
-        return bool(layout_of(parse_config(tree), cell.layout.ranks, cell.layout.ranks_per_node))
+        return replace(cell, layout=layout_of(parse_config(tree), cell.layout.ranks, cell.layout.ranks_per_node))
     except LayoutError:
-        return False
+        return None
 
 
 def _tree(config: Config, cell: Cell) -> dict[str, Any]:
@@ -204,6 +229,7 @@ def _tree(config: Config, cell: Cell) -> dict[str, Any]:
     chunks = 1 if moe["pad_to_capacity"] else tree["parallel"]["overlap_chunks"]
     tree["parallel"] |= {"expert": layout.expert, "tensor": layout.tensor, "expert_tensor": layout.expert_tensor}
     tree["parallel"] |= {"dispatch": cell.dispatch, "overlap_chunks": chunks, "ranks_per_node": layout.ranks_per_node}
+    tree["parallel"] |= KEEPINGS[cell.keeping]
     tree["train"] |= {"global_batch_sequences": sum(cell.batch.rows), "micro_batch_sequences": cell.batch.micro}
     tree["train"] |= {} if cell.recompute is None else {"recompute": cell.recompute}
     return tree
@@ -225,10 +251,10 @@ def _covering(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _choices(cell: Cell) -> tuple[tuple[str, Any], ...]:
-    place = ("place", (cell.layout, cell.dispatch))
+    place = ("place", (replace(cell.layout, data_shard=1, expert_shard=1), cell.dispatch))
     batch = ("batch", (cell.batch.name, cell.batch.micro))
     options = (("capacity", cell.capacity), ("scope", cell.scope), ("recompute", cell.recompute))
-    return place, batch, *options
+    return place, batch, ("keeping", cell.keeping), *options
 
 
 def _divisors(number: int) -> list[int]:

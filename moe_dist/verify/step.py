@@ -6,8 +6,10 @@ Shape letters: S sequence, T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -22,9 +24,11 @@ from moe_dist.moe.randomness import Draw
 from moe_dist.moe.selection import moved_bias
 from moe_dist.objectives.language_modelling import LossSums, language_modelling_sums
 from moe_dist.parallel.apply import parallelize
+from moe_dist.parallel.fsdp import filling, whole
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.tensor import gather_cut
+from moe_dist.parallel.zero import share_out
 from moe_dist.train.routing_ledger import Place, RoutingLedger
 from moe_dist.train.step import Trainee, train_step
 
@@ -156,9 +160,11 @@ def parallel_trainee(config: Config, mesh: Mesh) -> Trainee:
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, mesh, config)
-    initialise(model, config.seed, torch.device("cpu"), weight_type(config))
+    initialise(model, config.seed, torch.device("cpu"), weight_type(config), filling)
     gradients = Gradients(model, mesh, config.parallel.overlap_gradients)
-    return Trainee(config, mesh, model, gradients, torch.optim.SGD(model.parameters(), lr=1.0))
+    # One fused operation cannot mix parameters that are shared out over different ranks.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, foreach=False)
+    return Trainee(config, mesh, model, gradients, share_out(optimizer, model, mesh, config.parallel))
 
 
 def candidate_step(trainee: Trainee, rows: Tensor) -> StepProof:
@@ -169,10 +175,7 @@ def candidate_step(trainee: Trainee, rows: Tensor) -> StepProof:
     gradients, routing = _keep_gradients(trainee), _KeptRouting(config, model)
     figures = train_step(replace(trainee, config=config, ledger=routing), rows, 0)
     terms = ("cross_entropy", "balance", "group_balance", "z", "loss", "grad_norm")
-    held = {
-        piece.name: gather_cut(piece, piece.of(model.get_parameter(piece.parameter).detach()), trainee.mesh).clone()
-        for piece in global_tensors(model)
-    }
+    held = _whole_pieces(trainee, lambda parameter: parameter)
     return StepProof(
         counts=torch.stack([figures.demand, figures.served]),
         choices=routing.choices,
@@ -189,13 +192,21 @@ def _keep_gradients(trainee: Trainee) -> dict[str, Tensor]:
 
     def reduce_and_keep() -> None:
         reduce()
-        for piece in global_tensors(trainee.model):
-            grad = trainee.model.get_parameter(piece.parameter).grad
-            assert grad is not None, "reduce() fills every gradient"
-            kept[piece.name] = gather_cut(piece, piece.of(grad), trainee.mesh).clone()
+        kept.update(_whole_pieces(trainee, attrgetter("grad")))
 
     trainee.gradients.reduce = reduce_and_keep  # type: ignore[method-assign]
     return kept
+
+
+@torch.no_grad()
+def _whole_pieces(trainee: Trainee, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Something of every parameter, by global name and put together from all that share it; entered by all ranks."""
+    found = {}
+    for path, pieces in groupby(global_tensors(trainee.model), attrgetter("parameter")):
+        value = whole(of(trainee.model.get_parameter(path)))
+        for piece in pieces:
+            found[piece.name] = gather_cut(piece, piece.of(value), trainee.mesh).clone()
+    return found
 
 
 class _KeptRouting(RoutingLedger):

@@ -16,6 +16,7 @@ from moe_dist.checkpoint.load import agree_on_newest, load_model, load_training_
 from moe_dist.checkpoint.save import Saved, save_checkpoint
 from moe_dist.errors import CheckpointError
 from moe_dist.model.naming import global_tensors
+from moe_dist.parallel.fsdp import filling
 from moe_dist.parallel.zero import state_holders
 from tests.support.gang import run_gang
 from tests.support.models import small_config
@@ -33,10 +34,12 @@ def marked_trainee(expert_degree: int, data: str) -> Any:
     trainee = parallel_trainee(config_of(data), expert_degree, optimizer="adamw")
     pieces.prepare_moments(trainee.optimizer, updates=7)
     with torch.no_grad():
-        for piece, tensors in pieces.pieces_here(trainee.model, trainee.optimizer):
-            mark = float(piece.name.partition("#")[2]) if piece.index is not None else len(piece.name)
-            for offset, tensor in zip((0.0, 0.25, 0.5), tensors.values(), strict=False):
-                tensor.fill_(mark + offset)
+        for of_parameter, tensors in pieces.parameters_here(trainee.model, trainee.optimizer):
+            for offset, held in zip((0.0, 0.25, 0.5), tensors.values(), strict=False):
+                with filling(held) as tensor:
+                    for piece in of_parameter:
+                        mark = float(piece.name.partition("#")[2]) if piece.index is not None else len(piece.name)
+                        piece.of(tensor).fill_(mark + offset)
     return trainee
 
 
@@ -97,12 +100,13 @@ def test_experts_survive_from_copies_and_uneven_shares_to_one(tmp_path, ranks, d
     run_gang(load_marked, 1, str(tmp_path), [1])
 
 
+@pytest.mark.parametrize("data", ["zero1", "fsdp"])
 @pytest.mark.parametrize("degree", [1, 3])
-def test_moments_that_were_shared_out_survive_to_one_that_keeps_all_and_back(tmp_path, degree):
-    run_gang(save_marked, 3, str(tmp_path), degree, "zero1")
+def test_what_was_shared_out_survives_to_one_that_keeps_all_and_back(tmp_path, degree, data):
+    run_gang(save_marked, 3, str(tmp_path), degree, data)
     run_gang(load_marked, 1, str(tmp_path), [1])
     run_gang(save_marked, 1, str(tmp_path), 1)
-    run_gang(load_marked, 3, str(tmp_path), [degree], "zero1")
+    run_gang(load_marked, 3, str(tmp_path), [degree], data)
 
 
 def save_state_of_another_shard(rank: int, root: str) -> str:

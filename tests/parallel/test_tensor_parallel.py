@@ -13,6 +13,7 @@ from moe_dist.checkpoint import pieces
 from moe_dist.checkpoint.load import agree_on_newest, load_training_state
 from moe_dist.checkpoint.save import Saved, save_checkpoint
 from moe_dist.config import Config
+from moe_dist.parallel.fsdp import whole
 from moe_dist.parallel.tensor import gather_cut
 from moe_dist.train.step import Trainee, train_step
 from tests.support.gang import run_gang
@@ -98,6 +99,8 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2, expert 2, expert-tensor 2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2, "data": "zero1"}),
     "tensor 2, expert 4": (4, {"tensor": 2, "expert": 4}),
     "expert 3, zero1": (3, {"expert": 3, "data": "zero1"}),
+    "fsdp 2, tensor 2, expert 2": (4, {"tensor": 2, "expert": 2, "data": "fsdp"}),
+    "fsdp 2 in 2 copies, expert 1": (4, {"expert": 1, "data": "fsdp", "data_shard": 2}),
 }
 STEPS, ROWS_OF_STEP = 20, 8
 
@@ -118,7 +121,8 @@ def run_of(parallel: dict[str, Any], root: str | None = None) -> dict[str, Any]:
     for step in range(STEPS):
         rows = random_rows(ROWS_OF_STEP, seed=step).tensor_split(trainee.mesh.layout.data)[trainee.mesh.data_place]
         losses.append(train_step(trainee, rows, step).loss)
-    routers = {n: p.detach().clone() for n, p in trainee.model.named_parameters() if "router" in n or "norm" in n}
+    named = trainee.model.named_parameters()
+    routers = {n: whole(p.detach()).clone() for n, p in named if "router" in n or "norm" in n}
     if root is not None:
         saved = Saved(STEPS, config.model_dump(mode="json"), {})
         save_checkpoint(Path(root), trainee.model, trainee.optimizer, trainee.mesh, saved, keep=1)
@@ -146,11 +150,11 @@ def runs_of_rank(rank: int, ranks: int, root: str) -> dict[str, Any]:
     for name, (wanted, parallel) in RUNS.items():
         if wanted == ranks:
             found[name] = run_of(parallel, root if "expert-tensor" in name else None)
-            if "tensor 2" in name:
+            if "tensor 2" in name or "fsdp" in name:
                 found[f"{name}, again"] = run_of(parallel)
     if ranks == 4:
         other = {"tensor": 1, "expert": 4}, {"tensor": 2, "expert": 1}, {"tensor": 1, "expert": 1, "expert_tensor": 4}
-        other = *other, {"tensor": 2, "expert": 2, "data": "zero1"}
+        other = *other, *({"tensor": 2, "expert": 2, "data": data} for data in ("zero1", "fsdp"))
         found["restored"] = [restored(parallel, root) for parallel in other]
     return found
 
@@ -170,7 +174,7 @@ def test_twenty_steps_have_the_losses_of_one_process(runs):
 
 def test_the_same_layout_twice_is_equal_bit_for_bit(runs):
     for name, (ranks, _) in RUNS.items():
-        for found in runs[ranks] if "tensor 2" in name else []:
+        for found in runs[ranks] if f"{name}, again" in runs[ranks][0] else []:
             assert found[f"{name}, again"]["losses"] == found[name]["losses"]
             for key, tensor in found[name]["state"].items():
                 assert torch.equal(found[f"{name}, again"]["state"][key], tensor), key
@@ -189,7 +193,7 @@ def test_checkpoint_of_a_cut_model_loads_into_other_cuts(runs):
     saved: dict[str, torch.Tensor] = {}
     for found in runs[4]:
         saved |= found["tensor 2, expert 2, expert-tensor 2"]["state"]
-    for layout in range(4):
+    for layout in range(5):
         loaded: dict[str, torch.Tensor] = {}
         for found in runs[4]:
             loaded |= found["restored"][layout]

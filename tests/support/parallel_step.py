@@ -37,8 +37,10 @@ def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Tra
     asked = config.parallel.model_copy(update={"expert": expert})
     layout = layout_of(config.model_copy(update={"parallel": asked}), dist.get_world_size(), node)
     trainee = step.parallel_trainee(config, mesh_of(layout))
-    steps = trainee.optimizer if optimizer == "sgd" else build_adamw(trainee.model, config.optimizer)
-    return replace(trainee, optimizer=share_out(steps, trainee.model, trainee.mesh, config.parallel))
+    if optimizer == "sgd":
+        return trainee
+    adamw = build_adamw(trainee.model, config.optimizer)
+    return replace(trainee, optimizer=share_out(adamw, trainee.model, trainee.mesh, config.parallel))
 
 
 def candidate_step(rank: int, config: Config, expert: int, rows_by_rank: list[Tensor]) -> StepProof:
