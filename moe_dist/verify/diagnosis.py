@@ -16,8 +16,8 @@ _NOT_FINITE = "not finite: memory that was never filled, or a division by zero"
 _APART = "; ranks hold different values, so a sum over ranks is missing or is over the wrong group"
 _THROUGH_ROUTER = "what comes through the router alone is wrong: the gate weights' gradient, a balance term or z-loss"
 _AFTER_ROUTING = (
-    "; routing is right: rows are lost, mixed up or weighed wrongly on their way, tokens are miscounted, or the parts of "
-    "the vocabulary are badly joined"
+    "; routing is right: rows are lost, mixed up or weighed wrongly on their way, tokens are miscounted, "
+    "or parts of the vocabulary are badly joined"
 )
 _AFTER_FORWARD = (
     "the forward pass is right: look at recompute, accumulation, or a scale that is not the same for all tokens"
