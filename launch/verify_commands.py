@@ -20,7 +20,7 @@ from moe_dist.errors import Interrupted
 WORKER = "launch.verify_run:run_cells"
 _ROWS_SHOWN, _LEAST_WIDTH = 100, 190
 _SHORT = {"expert_data": "copies", "expert_tensor": "cut", "balance_scope": "scope", "micro_batch": "micro"}
-_SHORT |= {"gradient norm": "norm"}
+_SHORT |= {"first weights": "first", "gradient norm": "norm"}
 
 
 def verify(

@@ -16,7 +16,7 @@ from moe_dist.moe.ledger import Choices
 from moe_dist.verify.step import StepProof
 from moe_dist.verify.tolerances import relative_error
 
-STAGES = ("routing", "loss", "gradients", "gradient norm", "weights")
+STAGES = ("first weights", "routing", "loss", "gradients", "gradient norm", "weights")
 TERMS = ("cross_entropy", "balance", "group_balance", "z", "loss")
 GROUPS = (
     "embedding",
@@ -87,10 +87,12 @@ class Report:
 def compare_step(found: StepProof, expected: StepProof, tolerance: float) -> Report:
     """Compares what this rank holds with the oracle's."""
     report = Report()
-    for difference in _routing(found, expected):
+    _tensors(report, (found.first_weights, expected.first_weights), "first weights", tolerance)
+    for difference in _choices_of_layers(found, expected):
         report.note(difference, 0.0)
+    _counts(report, found, expected)
     _scalars(report, found, expected, (TERMS, "loss"), tolerance)
-    _tensors(report, (found.gradients, expected.gradients), "gradients", tolerance)
+    compare_gradients(report, found.gradients, expected, tolerance)
     _scalars(report, found, expected, (("grad_norm",), "gradient norm"), tolerance)
     _tensors(report, (found.weights, expected.weights), "weights", tolerance)
     report.held = set(found.weights)
@@ -123,19 +125,28 @@ def first_difference(found: Sequence[StepProof], expected: StepProof, tolerance:
 
 def _order(difference: Difference) -> tuple[int, int]:
     """Stage, then layer, term or group; the sort is stable, so that ranks and the order of the model remain."""
-    stage, group = difference.stage, difference.group
-    if stage == "routing":
-        return 0, int(difference.name) if difference.name.isdecimal() else len(difference.name) + 10**6
-    return STAGES.index(stage), (*GROUPS, *TERMS, "grad_norm").index(group)
+    stage, group = STAGES.index(difference.stage), difference.group
+    if difference.stage == "routing":
+        return stage, int(difference.name) if difference.name.isdecimal() else len(difference.name) + 10**6
+    return stage, (*GROUPS, *TERMS, "grad_norm").index(group)
 
 
-def _routing(found: StepProof, expected: StepProof) -> Iterator[Difference]:
+def compare_gradients(report: Report, found: dict[str, Tensor], expected: StepProof, tolerance: float) -> None:
+    """Compares the gradients alone."""
+    _tensors(report, (found, expected.gradients), "gradients", tolerance)
+
+
+def _choices_of_layers(found: StepProof, expected: StepProof) -> Iterator[Difference]:
     for layer, (parts, [whole]) in enumerate(zip(found.choices, expected.choices, strict=True)):
         for mine in parts:
             yield _choices(layer, mine, whole)
+
+
+def _counts(report: Report, found: StepProof, expected: StepProof) -> None:
     for kind, got, wanted in zip(("demand", "served rows"), found.counts, expected.counts, strict=True):
         error = float((got - wanted).abs().sum()) / max(1, int(wanted.sum()))
-        yield Difference("routing", kind, kind, error, f"routing counts: {kind} of the experts")
+        report.note(Difference("routing", kind, kind, error, f"routing counts: {kind} of the experts"), 0.0)
+        _widen_by_ratio(report, kind, got.double(), wanted.double())
 
 
 def _choices(layer: int, mine: Choices, whole: Choices) -> Difference:
@@ -177,6 +188,8 @@ def _widen_by_ratio(report: Report, group: str, found: Tensor, expected: Tensor)
     if expected.numel() == 0:
         return
     counts = expected.abs() > _COUNTS_IN_RATIO * expected.abs().max()
+    if not counts.any() and found.any():
+        report.widen(group, -math.inf, math.inf)  # something where nothing is expected
     if counts.any():
         ratio = (found[counts] / expected[counts]).double()
         report.widen(group, float(ratio.min()), float(ratio.max()))

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.errors import TrainingFault
 from moe_dist.parallel.collectives import gather_objects
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh, build_mesh, close_mesh
-from moe_dist.verify.compare import STAGES, Difference, Report, compare_step, join_reports
+from moe_dist.verify.compare import STAGES, Difference, Report, compare_gradients, compare_step, join_reports
 from moe_dist.verify.diagnosis import common_ground, diagnose
 from moe_dist.verify.lattice import Cell, config_of, cut_of, depends_on_cut, oracle_key, rows_of
 from moe_dist.verify.reference import judge_layers
@@ -98,7 +99,7 @@ class Proof:
         Args:
             stop_asked: Whether this rank was asked to end; all end when one was.
         """
-        world = build_mesh(Layout(self.ranks, 1, self.config.model.moe.num_experts), _LIMIT_SECONDS).world
+        everyone = build_mesh(Layout(self.ranks, 1, self.config.model.moe.num_experts), _LIMIT_SECONDS)
         mesh: Mesh | None = None
         for cell, key in zip(self.cells, self._keys, strict=True):
             if mesh is None or mesh.layout != cell.layout:
@@ -111,12 +112,15 @@ class Proof:
             except Exception as error:
                 error.add_note(f"in the cell {cell.layout}; {cell.options}")
                 raise
-            told = gather_objects((report, stop_asked()), world)
+            told = gather_objects((report, stop_asked()), everyone.world)
             whole = join_reports([report for report, _ in told if report is not None], expected)
             first = whole.differences[0] if whole.differences else None
             yield Result(cell, whole.errors, first, diagnose(whole, cell.degrees))
             if any(stop for _, stop in told):
-                return
+                break
+        for mesh_left in (mesh, everyone):
+            if mesh_left is not None:
+                close_mesh(mesh_left)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"oracle-{self._order.index(key)}.pt"
@@ -142,10 +146,12 @@ def _compare_cell(config: Config, cell: Cell, mesh: Mesh, expected: StepProof) -
     ends = torch.tensor(cell.batch.rows).cumsum(0).tolist()
     mine = slice(ends[mesh.data_place] - cell.batch.rows[mesh.data_place], ends[mesh.data_place])
     trainee = parallel_trainee(config_of(config, cell), mesh)
+    gradients: dict[str, Tensor] = {}
     try:
-        found = candidate_step(trainee, rows_of(config, cell)[mine])
+        found = candidate_step(trainee, rows_of(config, cell)[mine], gradients)
     except TrainingFault as fault:  # on all ranks alike
         report = Report(held=set(expected.weights))
+        compare_gradients(report, gradients, expected, TOLERANCE)
         text = f"{fault.value}, where {fault.rule}"
         report.note(Difference("gradient norm", "grad_norm", "grad_norm", math.inf, text), TOLERANCE)
         return report

@@ -40,6 +40,7 @@ class StepProof:
     """What is compared, in the order in which a difference would arise.
 
     Attributes:
+        first_weights: Before the step, by global name.
         counts: Demand and served rows, int64 [2, layers, experts].
         choices: Of every mixture-of-experts layer, in parts: those of the tokens that were routed here.
         scalars: cross_entropy, balance, group_balance, z, loss, grad_norm.
@@ -47,6 +48,7 @@ class StepProof:
         weights: After one step of SGD with learning rate 1, by global name; selection biases too.
     """
 
+    first_weights: dict[str, Tensor]
     counts: Tensor
     choices: list[list[Choices]]
     scalars: dict[str, float]
@@ -111,6 +113,7 @@ def oracle_step(config: Config, rows: Tensor, cut: Sequence[Pieces] | None = Non
     held = list(global_tensors(model))
     weights = {p.name: p.of(model.get_parameter(p.parameter).detach() - scale * grads[p.parameter]) for p in held}
     return StepProof(
+        first_weights={p.name: p.of(model.get_parameter(p.parameter).detach()) for p in held},
         counts=counts,
         choices=[[join(parts)] for parts in zip(*chosen, strict=True)],
         scalars=scalars | {"loss": float(loss.detach()), "grad_norm": norm},
@@ -167,27 +170,38 @@ def parallel_trainee(config: Config, mesh: Mesh) -> Trainee:
     return Trainee(config, mesh, model, gradients, share_out(optimizer, model, mesh, config.parallel))
 
 
-def candidate_step(trainee: Trainee, rows: Tensor) -> StepProof:
-    """The same step as this rank of many sees it, from its own rows; pieces of other ranks are missing."""
+def candidate_step(trainee: Trainee, rows: Tensor, gradients: dict[str, Tensor] | None = None) -> StepProof:
+    """The same step as this rank of many sees it, from its own rows; pieces of other ranks are missing.
+
+    Args:
+        trainee: From `parallel_trainee`.
+        rows: Of this rank.
+        gradients: Is filled where given, so that they are known even if the step fails for them.
+
+    Raises:
+        TrainingFault: The gradient is not finite.
+    """
     model, config = trainee.model, trainee.config
     constant = config.optimizer.model_copy(update={"lr": 1.0, "warmup_steps": 0, "min_lr_fraction": 1.0})
     config = config.model_copy(update={"optimizer": constant})
-    gradients, routing = _keep_gradients(trainee), _KeptRouting(config, model)
+    routing, first_weights = _KeptRouting(config, model), _whole_weights(trainee)
+    gradients = {} if gradients is None else gradients
+    _keep_gradients(trainee, gradients)
     figures = train_step(replace(trainee, config=config, ledger=routing), rows, 0)
     terms = ("cross_entropy", "balance", "group_balance", "z", "loss", "grad_norm")
-    held = _whole_pieces(trainee, lambda parameter: parameter)
     return StepProof(
+        first_weights=first_weights,
         counts=torch.stack([figures.demand, figures.served]),
         choices=routing.choices,
         scalars={name: getattr(figures, name) for name in terms},
         gradients=gradients,
-        weights=held | {name: bias.clone() for name, bias in global_buffers(model).items()},
+        weights=_whole_pieces(trainee, lambda parameter: parameter)
+        | {name: bias.clone() for name, bias in global_buffers(model).items()},
     )
 
 
-def _keep_gradients(trainee: Trainee) -> dict[str, Tensor]:
-    """Will hold every gradient as it is after the sums over ranks, before clipping."""
-    kept: dict[str, Tensor] = {}
+def _keep_gradients(trainee: Trainee, kept: dict[str, Tensor]) -> None:
+    """Will keep every gradient as it is after the sums over ranks, before clipping."""
     reduce = trainee.gradients.reduce
 
     def reduce_and_keep() -> None:
@@ -195,7 +209,11 @@ def _keep_gradients(trainee: Trainee) -> dict[str, Tensor]:
         kept.update(_whole_pieces(trainee, attrgetter("grad")))
 
     trainee.gradients.reduce = reduce_and_keep  # type: ignore[method-assign]
-    return kept
+
+
+def _whole_weights(trainee: Trainee) -> dict[str, Tensor]:
+    """Every weight as it is now."""
+    return _whole_pieces(trainee, lambda parameter: parameter)
 
 
 @torch.no_grad()

@@ -1,281 +1,132 @@
-"""Mistakes of layouts, planted in the ranks of a proof; the oracle is made elsewhere and does not see them.
+"""Plants mistakes in the ranks of `moe-dist verify`, one by one, and prints what it says of each.
 
-Each is what a trainer has shipped or could: what is patched, the layout that shows it, and the words of the diagnosis.
+    python -m tests.verify.planted            a table
+    python -m tests.verify.planted --json     the same for a program
+
+Each is one cell of a proof on four ranks, made twice: right, which must be equal, and with the mistake, which must be
+found in its stage, in its group, and explained. The exit status is 1 if one is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from rich.table import Table
 
-from moe_dist.config import Config
-from moe_dist.moe.plan import Capacity
-from moe_dist.objectives.language_modelling import LossSums
-from moe_dist.parallel import dispatch_all_to_all
-from moe_dist.parallel import gradients as gradients_module
-from moe_dist.parallel.dispatch_by_token import TokenDispatcher
-from moe_dist.parallel.gradients import Gradients
+from launch.local import run_local
+from moe_dist.config import Config, load_config
+from moe_dist.parallel.layout import legal_layouts
 from moe_dist.runtime.process import Process
-from moe_dist.verify.lattice import Cell, cells_of
+from moe_dist.verify.lattice import Cell, _batches, _placed, cells_of
 from moe_dist.verify.proof import Proof, summary_of
+from moe_dist.verify.shrink import shrunk
+from tests.launch.conftest import ROOT
+from tests.verify.mistake import Mistake
+from tests.verify.mistakes import MISTAKES
+from tests.verify.patches import with_changes
 
-Patch = AbstractContextManager[Any]
 RANKS = 4
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A patch, the cells that are run with it, and what the first of them must say."""
-
-    patch: Callable[[], Patch]
-    stage: str
-    group: str
-    words: tuple[str, ...]
-    cell: dict[str, Any] = field(default_factory=dict)
-
-
-def _after_reduce(change: Callable[[Gradients], None]) -> Patch:
-    original = Gradients.reduce
-
-    def reduce(self: Gradients) -> None:
-        original(self)
-        change(self)
-
-    return mock.patch.object(Gradients, "reduce", reduce)
-
-
-def _scaled(kind: str, factor: Callable[[Gradients], float]) -> Patch:
-    def change(gradients: Gradients) -> None:
-        for parameter in getattr(gradients, kind):
-            parameter.grad.mul_(factor(gradients))
-
-    return _after_reduce(change)
-
-
-def _shared_scaled_by_tensor_degree() -> Patch:
-    original = Gradients.__init__
-
-    def init(self: Any, model: Any, *given: Any) -> None:
-        original(self, model, *given)
-        self.shared = [p for name, p in model.named_parameters() if ".shared." in name]
-
-    def reduce(self: Any) -> None:
-        reduced(self)
-        for parameter in self.shared:
-            parameter.grad.mul_(self.mesh.layout.tensor)
-
-    reduced = Gradients.reduce
-    return mock.patch.multiple(Gradients, __init__=init, reduce=reduce)
-
-
-def _left_on_their_rank(part: str) -> Patch:
-    """Parameters with this in their name are summed over nobody."""
-    original = gradients_module.reduction_group
-
-    def reduction_group(model: Any, name: str, mesh: Any) -> Any:
-        return mesh.expert_tensor if part in name else original(model, name, mesh)  # of one rank in all layouts here
-
-    return mock.patch.object(gradients_module, "reduction_group", reduction_group)
-
-
-def _mean_over_micro_batches() -> Patch:
-    original = LossSums.total
-    return mock.patch.object(LossSums, "total", lambda self, config: original(self, config) / 2)
-
-
-def _norm_over_all_ranks() -> Patch:
-    def norm(self: Gradients) -> Tensor:
-        square = gradients_module._square(self.dense + self.experts, torch.device("cpu"))
-        return gradients_module.sum_ranks(square, self.mesh.world).sqrt()
-
-    return mock.patch.object(Gradients, "norm", norm)
-
-
-def _routers_not_updated() -> Patch:
-    original = torch.optim.SGD.step
-
-    def step(self: Any) -> None:
-        for parameter in self.param_groups[0]["params"]:
-            if parameter.shape == (8, 16) and parameter.grad is not None:  # [experts, width]
-                parameter.grad.zero_()
-        original(self)
-
-    return mock.patch.object(torch.optim.SGD, "step", step)
-
-
-def _capacity_by_rank() -> Patch:
-    original = Capacity.of
-
-    def of(config: Any, training: bool) -> Capacity | None:
-        return original(config.model_copy(update={"capacity_group": "rank"}), training)
-
-    return mock.patch.object(Capacity, "of", staticmethod(of))
-
-
-def _squared(gates_of_rows: Any) -> Any:
-    return lambda *given: gates_of_rows(*given).square()
-
-
-def _unsorted(counts_WL: Tensor) -> Tensor:
-    return torch.arange(int(counts_WL.sum()))
-
-
-WIDE = {"tensor": 1, "expert": 4}
-COPIES = {"tensor": 1, "expert": 2}
-ALONE = {"tensor": 1, "expert": 1}
-CUT = {"tensor": 2, "expert": 2}
-
-MISTAKES: dict[str, Mistake] = {
-    "expert gradients over the expert degree": Mistake(
-        lambda: _scaled("experts", lambda g: 1 / g.mesh.layout.expert),
-        "gradients",
-        "experts",
-        ("gradients of the experts are exactly 1/4x the oracle's", "4 is the", "expert degree", "router"),
-        WIDE,
-    ),
-    "expert gradients times the expert-data degree": Mistake(
-        lambda: _scaled("experts", lambda g: g.mesh.layout.expert_data),
-        "gradients",
-        "experts",
-        ("gradients of the experts are exactly 2x the oracle's", "2 is the", "expert-data degree"),
-        COPIES,
-    ),
-    "dense gradients averaged over ranks": Mistake(
-        lambda: _scaled("dense", lambda g: 1 / g.mesh.layout.ranks),
-        "gradients",
-        "embedding",
-        ("embedding, attention, norms, router and shared expert are exactly 1/4x", "number of ranks", "of the experts"),
-        COPIES,
-    ),
-    "expert gradients not summed over copies": Mistake(
-        lambda: _left_on_their_rank(".experts."),
-        "gradients",
-        "experts",
-        ("gradients of the experts are wrong by no common factor; ranks hold different values",),
-        COPIES,
-    ),
-    "router gradients left on their rank": Mistake(
-        lambda: _left_on_their_rank("router.weight"),
-        "gradients",
-        "router",
-        ("gradients of the router are wrong by no common factor; ranks hold different values", "of the embedding"),
-        COPIES,
-    ),
-    "shared expert scaled by the tensor degree": Mistake(
-        _shared_scaled_by_tensor_degree,
-        "gradients",
-        "shared expert",
-        ("gradients of the shared expert are exactly 2x the oracle's", "tensor degree"),
-        CUT,
-    ),
-    "loss is the mean of micro-batches": Mistake(
-        _mean_over_micro_batches,
-        "gradients",
-        "embedding",
-        ("exactly 1/2x the oracle's (2 is the number of micro-batches of a rank)", "no group is right"),
-        {**ALONE, "micro": 1},
-    ),
-    "balance from the counts of this rank only": Mistake(
-        lambda: mock.patch("moe_dist.parallel.apply.share_counts", lambda model, mesh: None),
-        "loss",
-        "balance",
-        ("balance is",),
-        {**COPIES, "scope": "global", "micro": 4},
-    ),
-    "rows left in order of arrival": Mistake(
-        lambda: mock.patch.object(dispatch_all_to_all, "arrange_by_expert", _unsorted),
-        "routing",
-        "choices",
-        ("tokens ask for other experts in MoE layer 1, while the layers before it route alike", "mixed up"),
-        {**COPIES, "micro": 4},
-    ),
-    "capacity counted on a rank": Mistake(
-        _capacity_by_rank,
-        "routing",
-        "drops",
-        ("the same choices are made and others dropped in the first MoE layer: look at capacity",),
-        {**COPIES, "capacity": "drop by probability", "micro": 4},
-    ),
-    "gates applied twice": Mistake(
-        lambda: mock.patch.object(TokenDispatcher, "gates_of_rows", _squared(TokenDispatcher.gates_of_rows)),
-        "loss",
-        "cross_entropy",
-        ("cross_entropy is", "routing is right: rows are lost, mixed up or weighed wrongly"),
-        {**COPIES, "dispatch": "deduplicated", "layers": 1},
-    ),
-    "norm counts dense parameters once a rank": Mistake(
-        _norm_over_all_ranks,
-        "gradient norm",
-        "grad_norm",
-        ("all gradients are right, their global norm is",),
-        COPIES,
-    ),
-    "routers not updated": Mistake(
-        _routers_not_updated,
-        "weights",
-        "router",
-        ("gradients and their norm are right, the update of the router is not",),
-        COPIES,
-    ),
-}
 # Options that depend on the cut by their definition, which one process must follow micro-batch by micro-batch.
 BY_CUT: dict[str, dict[str, Any]] = {
     "running": {"global_balance": "running", "balance_scope": "global"},
     "micro_step": {"global_balance": "micro_step", "balance_scope": "global"},
     "capacity of a rank": {"capacity_group": "rank", "capacity_factor": 0.75, "balance_scope": "global"},
 }
+# Traps that no step of `verify` can show, in whole or in part: why, and the test that covers them, under tests/.
+ELSEWHERE: dict[str, tuple[str, str]] = {
+    "4": (
+        "rows that are routed again differ in number unless they are padded, and then torch itself ends the run",
+        "moe/test_ledger.py::test_recompute_after_the_bias_moved_still_follows",
+    ),
+    "7": (
+        "such a config is refused before any step",
+        "config/test_rules.py::test_rule_broken_names_key_value_rule_and_fix",
+    ),
+    "8": (
+        "selection biases begin at 0, so that no open group scores below 0 in a first step",
+        "moe/test_selection.py::test_groups_closed_one_never_wins_even_with_negative_biases",
+    ),
+    "10": ("rows of a proof are full", "moe/test_layer.py::test_layer_added_padding_changes_nothing"),
+    "12": (
+        "a proof is in fp64 and counts a hundred tokens",
+        "train/test_step_terms.py::test_load_is_counted_exactly_beyond_what_a_narrow_type_holds",
+    ),
+    "15": (
+        "a step saves nothing",
+        "checkpoint/test_checkpoint.py::test_experts_survive_from_four_ranks_to_one_two_and_three",
+    ),
+    "17": (
+        "ranks and oracle score by the same code, whichever it is",
+        "moe/test_routers.py::test_balance_does_not_fall_below_one_when_all_logits_shift",
+    ),
+    "18": (
+        "rows by rank, entropy and bytes are not compared, only what experts are asked for and serve",
+        "train/test_step_terms.py::test_imbalance_is_of_the_load_of_all_ranks_together",
+    ),
+    "22": (
+        "SGD has no decay, no momentum and no matrices: of the update only clipping and what is skipped is seen",
+        "train/test_step_terms.py::test_stacked_experts_are_updated_as_so_many_single_ones",
+    ),
+    "23": (
+        "a step reads no data: that ranks take equally many steps is the loader's part",
+        "data_pipeline/test_loader.py::test_ranks_take_equally_many_steps_past_the_end_of_the_split",
+    ),
+    "25": (
+        "the grouped product knows no fp64",
+        "moe/test_experts.py::test_experts_any_counts_equal_one_product_an_expert",
+    ),
+}
 
 
-def with_moe(config: Config, changes: dict[str, Any]) -> Config:
-    moe = config.model.moe.model_copy(update=changes)
-    return config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
+def small_demo(*overrides: str) -> Config:
+    """The config of the main job, cut down as `verify` does."""
+    return shrunk(load_config(str(ROOT / "configs" / "demo.yaml"), overrides))[0]
 
 
-def with_layers(config: Config, layers: int) -> Config:
-    return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": layers})})
-
-
-def cell_where(cells: list[Cell], tensor: int, expert: int, **wanted: Any) -> Cell:
-    """The first cell of all four ranks that is so."""
-    for cell in cells:
-        layout, batch = cell.layout, cell.batch
-        degrees = (layout.ranks, layout.tensor, layout.expert, layout.expert_tensor)
-        usual = {"scope": "sequence", "capacity": "as configured", "micro": 2, "dispatch": "all_to_all"}
-        found = {"scope": cell.scope, "capacity": cell.capacity, "micro": batch.micro, "dispatch": cell.dispatch}
-        asked = {**usual, **wanted}
-        if degrees == (RANKS, tensor, expert, 1) and found == asked and batch.name == "even":
-            return cell
-    raise AssertionError(f"no cell {tensor} {expert} {wanted}")
+def cell_of(config: Config, tensor: int, expert: int, expert_tensor: int = 1, **asked: Any) -> Cell:
+    """A cell of all four ranks with these degrees, and the usual options but for those that are asked for."""
+    degrees = (tensor, expert, expert_tensor)
+    [layout] = (
+        found for found in legal_layouts(config, RANKS) if (found.tensor, found.expert, found.expert_tensor) == degrees
+    )
+    rows, micro = asked.pop("rows", "even"), asked.pop("micro", 2)
+    batch = next(found for found in _batches(layout.data, RANKS) if (found.name, found.micro) == (rows, micro))
+    usual = {"dispatch": "all_to_all", "keeping": "replicate", "capacity": "as configured", "scope": "sequence"}
+    cell = _placed(config, Cell(layout, batch=batch, **{**usual, "recompute": "none", **asked}))
+    assert cell is not None, "a mistake is planted in a cell that may be"
+    return cell
 
 
 def proofs(config: Config, folder: Path) -> dict[str, Proof]:
     """A proof of one cell a mistake, and of some cells for each option that depends on the cut."""
-    cells = cells_of(config, RANKS, full=True)
     found = {}
     for name, mistake in MISTAKES.items():
-        cell = dict(mistake.cell)
-        whole = with_layers(config, cell.pop("layers", 2))
-        found[name] = Proof(whole, RANKS, [cell_where(cells, **cell)], folder / name)
+        changed = with_changes(config, mistake.config)
+        found[name] = Proof(changed, RANKS, [cell_of(changed, **mistake.cell)], folder / name)
     for name, changes in BY_CUT.items():
-        changed = with_moe(config, changes)
+        changed = with_changes(config, {f"model.moe.{key}": value for key, value in changes.items()})
         some = [cell for cell in cells_of(changed, RANKS, full=False) if cell.scope != "sequence"][::6]
         found[name] = Proof(changed, RANKS, some, folder / name)
     return found
 
 
 def run_planted(config: Config, folder: Path, process: Process) -> dict[str, Any]:
-    """Every proof twice: as it is, and with its mistake."""
+    """Every proof as it is, and with its mistake."""
     result: dict[str, Any] = {"status": "finished"}
+    known: dict[Any, dict[str, Any]] = {}  # of cells that several mistakes share
     for name, proof in proofs(config, folder).items():
-        right = summary_of(list(proof.run(lambda: False)))
-        result[name] = {"right": right}
+        key = (repr(proof.config), tuple(proof.cells))
+        if key not in known:
+            known[key] = summary_of(list(proof.run(lambda: False)))
+        result[name] = {"right": known[key]}
         if name in MISTAKES:
             with MISTAKES[name].patch():
                 result[name]["planted"] = summary_of(list(proof.run(lambda: False)))
@@ -288,3 +139,96 @@ def run_lattice_with_mistake(config: Config, folder: Path, process: Process) -> 
 
     with MISTAKES["expert gradients over the expert degree"].patch():
         return run_cells(config, folder, process)
+
+
+def run_gang(folder: Path) -> dict[str, Any]:
+    """What four ranks found in each proof: `right`, and `planted` with its mistake."""
+    config = with_changes(small_demo(), {"run.dir": str(folder)})
+    for name, proof in proofs(config, folder).items():
+        (folder / name).mkdir()
+        proof.write_oracles(lambda done, total: None)
+    return run_local(config, folder, RANKS, "tests.verify.planted:run_planted")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A planted mistake and what was said of it; `caught` if that is what must be said."""
+
+    trap: str
+    mistake: str
+    layout: str
+    stage: str | None
+    group: str | None
+    diagnosis: str | None
+    caught: bool
+
+
+def finding_of(name: str, found: dict[str, Any]) -> Finding:
+    """Judges what the ranks found in a proof."""
+    mistake, [cell] = MISTAKES[name], found["planted"]["cells"]
+    placed = (cell["stage"], cell["group"]) == mistake.place
+    explained = placed and all(words in cell["diagnosis"] for words in mistake.words)
+    told = (cell["layout"], cell["stage"], cell["group"], cell["diagnosis"])
+    return Finding(mistake.trap, name, *told, caught=found["right"]["equal"] and explained)
+
+
+def order_of(trap: str) -> tuple[int, str]:
+    """Numbers first."""
+    return (int(trap), "") if trap.isdecimal() else (1000, trap)
+
+
+def in_order() -> list[tuple[str, Mistake]]:
+    """The mistakes by trap."""
+    return sorted(MISTAKES.items(), key=lambda named: order_of(named[1].trap))
+
+
+def _named(name: str) -> str:
+    shipped = MISTAKES[name].shipped
+    return f"{name} ({shipped})" if shipped else name
+
+
+def docs_rows() -> list[str]:
+    """The rows of the tables in docs/numerics.md."""
+    planted = [
+        f"| {mistake.trap} | {_named(name)} | {', '.join(mistake.place)} | {'; '.join(mistake.words)} |"
+        for name, mistake in in_order()
+    ]
+    elsewhere = []
+    for trap, (why, test) in ELSEWHERE.items():
+        file, _, function = test.partition("::")
+        elsewhere.append(f"| {trap} | {why} | `{file}`: `{function}` |")
+    return planted + elsewhere
+
+
+def table_of(findings: list[Finding]) -> Table:
+    """A row for every mistake."""
+    headings = "trap", "planted mistake", "layout", "stage", "diagnosis", "caught"
+    table = Table(*headings, title="Mistakes planted in the ranks of verify", show_lines=True)
+    for found in findings:
+        stage = f"{found.stage}, {found.group}" if found.stage else ""
+        told = found.diagnosis or ""
+        caught = "[green]yes" if found.caught else "[red]no"
+        table.add_row(found.trap, _named(found.mistake), found.layout, stage, told, caught)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Plants everything; 0 if every mistake is placed and explained."""
+    parser = argparse.ArgumentParser(prog="python -m tests.verify.planted", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    asked = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="moe-dist-planted-") as folder:
+        found = run_gang(Path(folder))
+    findings = [finding_of(name, found[name]) for name, _ in in_order()]
+    missed = [finding for finding in findings if not finding.caught]
+    if asked.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(table_of(findings))
+        print(f"{len(findings) - len(missed)} of {len(findings)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())

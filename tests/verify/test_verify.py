@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from typer.testing import CliRunner
 
 from launch import verify_commands
 from launch.cli import app
-from launch.local import run_local
-from moe_dist.config import Config, load_config, parse_config
+from moe_dist.config import parse_config
 from moe_dist.moe import router_kinds
 from moe_dist.train.step import micro_batches
 from moe_dist.verify.compare import GROUPS, Difference, Report, group_of
@@ -26,13 +26,13 @@ from moe_dist.verify.shrink import shrunk
 from moe_dist.verify.step import StepProof, oracle_step, whole_model
 from tests.launch.conftest import ROOT
 from tests.launch.test_cli import moe_dist
-from tests.verify.planted import BY_CUT, MISTAKES, RANKS, proofs
+from tests.traps import TRAPS
+from tests.verify import planted as script
+from tests.verify.mistake import Mistake
+from tests.verify.mistakes import MISTAKES
+from tests.verify.planted import BY_CUT, ELSEWHERE, RANKS, run_gang, small_demo
 
 DEMO = str(ROOT / "configs" / "demo.yaml")
-
-
-def small_demo(*overrides: str) -> Config:
-    return shrunk(load_config(DEMO, overrides))[0]
 
 
 def quiet(done: int, total: int) -> None:
@@ -42,13 +42,7 @@ def quiet(done: int, total: int) -> None:
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a gang of four found in each proof, right and with its mistake."""
-    folder = tmp_path_factory.mktemp("verify")
-    config = small_demo()
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
-    for name, proof in proofs(config, folder).items():
-        (folder / name).mkdir()
-        proof.write_oracles(quiet)
-    return run_local(config, folder, RANKS, "tests.verify.planted:run_planted")
+    return run_gang(tmp_path_factory.mktemp("verify"))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -57,11 +51,47 @@ def test_planted_mistake_is_placed_and_explained(planted, name):
     assert found["right"]["equal"], found["right"]["failures"]
     [cell], [failure] = found["planted"]["cells"], found["planted"]["failures"]
     assert not cell["equal"] and not found["planted"]["equal"]
-    assert (cell["stage"], cell["group"]) == (mistake.stage, mistake.group), cell
+    assert (cell["stage"], cell["group"]) == mistake.place, cell
     for words in mistake.words:
         assert words in cell["diagnosis"], cell["diagnosis"]
+    assert script.finding_of(name, found).caught
     assert failure["diagnoses"] == [cell["diagnosis"]] and failure["layouts"] == [cell["layout"]]
     assert cell["first_difference"].startswith("rank ") and cell["worst"] > 1e-10
+
+
+def test_every_trap_is_planted_or_has_a_test_elsewhere_that_exists():
+    planted_traps = {mistake.trap for mistake in MISTAKES.values()}
+    assert {str(trap) for trap in TRAPS} <= planted_traps | ELSEWHERE.keys()
+    for why, test in ELSEWHERE.values():
+        file, _, name = test.partition("::")
+        assert why and f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+def test_docs_hold_the_tables_of_the_mistakes():
+    docs = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
+    section = docs.partition("## Planted in the ranks of `verify`")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if not row.startswith("| trap |")] == script.docs_rows()
+    assert f"All {len(MISTAKES)} are caught" in section
+
+
+@pytest.mark.parametrize("missed", [None, "routers not updated"])
+def test_script_fails_where_a_mistake_is_missed(monkeypatch, capsys, missed):
+    def cell_for(mistake: Mistake, name: str) -> dict[str, Any]:
+        told = "" if name == missed else "; ".join(mistake.words)
+        stage, group = mistake.place
+        return {"layout": "x", "stage": stage, "group": group, "diagnosis": told}
+
+    found = {
+        name: {"right": {"equal": True}, "planted": {"cells": [cell_for(mistake, name)]}}
+        for name, mistake in MISTAKES.items()
+    }
+    monkeypatch.setattr(script, "run_gang", lambda folder: found)
+    assert script.main(["--json"]) == (missed is not None)
+    printed = json.loads(capsys.readouterr().out)
+    assert [finding["mistake"] for finding in printed if not finding["caught"]] == [missed] * (missed is not None)
+    assert script.main([]) == (missed is not None)
+    assert f"{len(MISTAKES) - (missed is not None)} of {len(MISTAKES)} caught" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", BY_CUT)
@@ -218,6 +248,8 @@ def test_oracle_is_the_same_from_a_file(tmp_path: Path):
         ((2.0, 2.0), "(2 is the expert degree)"),
         ((1.7182818, 1.7182818), "are 1.71828 times the oracle's"),
         ((0.5, 0.75), "are wrong by no common factor"),
+        ((1.0, 1.0 + 1e-8), "are the oracle's up to rounding"),
+        ((float("-inf"), float("inf")), "are wrong by no common factor"),
     ],
 )
 def test_factor_is_named_where_there_is_one(ratio, words):
@@ -225,6 +257,16 @@ def test_factor_is_named_where_there_is_one(ratio, words):
     report.note(Difference("gradients", "experts", "e", 0.5, "gradient of e off by 0.5"), 1e-10)
     told = diagnose(report, {"number of ranks": 4, "expert degree": 2})
     assert told is not None and words in f"{told};" and "those of the norms are right" in told
+
+
+def test_gradient_that_is_not_finite_is_named_as_such():
+    report = Report(factors={"experts": (1.0, 1.0), "norms": (1.0, 1.0)})
+    report.note(Difference("gradients", "experts", "e", math.inf, "gradient of e off by inf"), 1e-10)
+    report.note(Difference("gradient norm", "grad_norm", "grad_norm", math.inf, "gradient norm nan"), 1e-10)
+    told = diagnose(report, {})
+    assert told is not None and "gradients of the experts are not finite" in told and "norms are right" in told
+    bare = Report(differences=report.differences[1:])
+    assert diagnose(bare, {}) == "all gradients are right, their global norm is wrong by no common factor"
 
 
 def test_common_ground_names_what_only_failing_cells_have():
