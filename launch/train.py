@@ -29,7 +29,7 @@ from moe_dist.parallel.collectives import gather_objects
 from moe_dist.parallel.fsdp import filling
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.layout import layout_of, ranks_of_node
-from moe_dist.parallel.mesh import Mesh, build_mesh
+from moe_dist.parallel.mesh import Groups, Mesh, build_mesh
 from moe_dist.parallel.zero import share_out
 from moe_dist.runtime.process import Process
 from moe_dist.runtime.profiling import measure_gemm_peak
@@ -83,7 +83,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
 def open_mesh(config: Config, process: Process) -> Mesh:
     """The groups of this run's processes; entered by all of them."""
     layout = layout_of(config, process.world_size, ranks_of_node(config.parallel, os.environ))
-    return build_mesh(layout, config.launch.timeout_seconds)
+    return build_mesh(layout, Groups(config.launch.timeout_seconds))
 
 
 def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:

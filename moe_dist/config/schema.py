@@ -222,6 +222,11 @@ class TrainConfig(Section):
         "What the backward pass computes again rather than keeps: nothing; attention, norms, dense feed-forwards and "
         "the shared expert, but no routed expert and no exchange; or all inside every block, exchanges included.",
     )
+    compile: bool = key(
+        False,
+        "Attention, norms, dense and shared feed-forwards are compiled by torch.compile at the first step, which takes "
+        "from seconds to minutes; on a CPU a C++ compiler must be there. Routing, exchange and experts are not.",
+    )
     loss_chunk_tokens: int | None = key(
         1024,
         "Tokens whose scores over the whole vocabulary exist at once; null makes those of a micro-batch together.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -72,33 +72,55 @@ class Mesh:
         return self.layout.experts_of(self.expert_place)
 
 
-def build_mesh(layout: Layout, timeout_seconds: float, members: list[int] | None = None) -> Mesh:
-    """Creates the groups; entered by all processes, and every group by all of them in the same order.
+class Groups:
+    """The process groups of a world, each made once by all its processes in the same order.
+
+    A group has threads and connections, and what was built on one may outlive its use: those who try many layouts keep
+    their groups for the next rather than close them.
+
+    Args:
+        timeout_seconds: A collective of any of them that takes longer fails.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.limit = datetime.timedelta(seconds=timeout_seconds)
+        self.made: dict[str, dist.ProcessGroup] = {}
+
+    def of(self, kind: str, ranks: list[list[int]]) -> dist.ProcessGroup:
+        """This process's one of some groups of the same kind; None at heart for a process that is in none of them."""
+        alone = all(len(group) == 1 for group in ranks)  # one group of one will do for all kinds
+        key = f"{'alone' if alone else kind} {ranks}"
+        if key not in self.made:
+            self.made[key], _ = dist.new_subgroups_by_enumeration(ranks, timeout=self.limit)
+        return self.made[key]
+
+    def close(self) -> None:
+        """Gives them all back."""
+        for group in self.made.values():
+            if isinstance(group, dist.ProcessGroup):
+                dist.destroy_process_group(group)
+        self.made.clear()
+
+
+def build_mesh(layout: Layout, groups: Groups, members: list[int] | None = None) -> Mesh:
+    """The groups of a layout; entered by all processes.
 
     Args:
         layout: The degrees.
-        timeout_seconds: A collective of any of the groups that takes longer fails.
+        groups: Makes them, or has them.
         members: Processes that are the ranks of the layout, in order; None where all are. The others must enter too,
             and get a mesh that they cannot use (`rank` is -1).
     """
     whole = dist.group.WORLD
     assert whole is not None, "torch.distributed is initialised before the mesh"
-    limit = datetime.timedelta(seconds=timeout_seconds)
     places = list(range(layout.ranks)) if members is None else members
-    world = whole if members is None else dist.new_group(members, timeout=limit)
+    world = whole if members is None else groups.of("world", [members])
     rank = places.index(dist.get_rank()) if dist.get_rank() in places else -1
 
-    alone: list[dist.ProcessGroup] = []
+    def of(kind: str, ranks: list[list[int]]) -> dist.ProcessGroup:
+        return groups.of(kind, [[places[r] for r in group] for group in ranks])
 
-    def of(groups: list[list[int]]) -> dist.ProcessGroup:
-        if len(groups) == layout.ranks and alone:
-            return alone[0]  # threads and connections for one group of one, not for four
-        mine, _ = dist.new_subgroups_by_enumeration([[places[r] for r in group] for group in groups], timeout=limit)
-        if len(groups) == layout.ranks:
-            alone.append(mine)
-        return mine
-
-    kinds = {kind: world if kind == "data" and layout.tensor == 1 else of(g) for kind, g in layout.groups().items()}
+    kinds = {k: world if k == "data" and layout.tensor == 1 else of(k, ranks) for k, ranks in layout.groups().items()}
     if layout.data_shard > 1:
         kinds.setdefault("data_shard", kinds["data"])
     if layout.expert_shard > 1:
@@ -107,12 +129,4 @@ def build_mesh(layout: Layout, timeout_seconds: float, members: list[int] | None
     if layout.ranks_per_node is None:
         return mesh
     nodes, rails = layout.node_groups()
-    return replace(mesh, node=of(nodes), rail=of(rails))
-
-
-def close_mesh(mesh: Mesh) -> None:
-    """Gives back the groups of a mesh that is needed no longer, but for that of all processes."""
-    groups = {id(group): group for group in (getattr(mesh, field.name) for field in fields(mesh))}
-    for group in groups.values():
-        if isinstance(group, dist.ProcessGroup) and group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    return replace(mesh, node=of("node", nodes), rail=of("rail", rails))

@@ -21,7 +21,7 @@ from moe_dist.config import Config
 from moe_dist.errors import TrainingFault
 from moe_dist.parallel.collectives import gather_objects
 from moe_dist.parallel.layout import Layout
-from moe_dist.parallel.mesh import Mesh, build_mesh, close_mesh
+from moe_dist.parallel.mesh import Groups, Mesh, build_mesh
 from moe_dist.verify.compare import STAGES, Difference, Report, compare_gradients, compare_step, join_reports
 from moe_dist.verify.diagnosis import common_ground, diagnose
 from moe_dist.verify.lattice import Cell, config_of, cut_of, depends_on_cut, oracle_key, rows_of
@@ -99,13 +99,10 @@ class Proof:
         Args:
             stop_asked: Whether this rank was asked to end; all end when one was.
         """
-        everyone = build_mesh(Layout(self.ranks, 1, self.config.model.moe.num_experts), _LIMIT_SECONDS)
-        mesh: Mesh | None = None
+        groups = Groups(_LIMIT_SECONDS)
+        everyone = build_mesh(Layout(self.ranks, 1, self.config.model.moe.num_experts), groups)
         for cell, key in zip(self.cells, self._keys, strict=True):
-            if mesh is None or mesh.layout != cell.layout:
-                if mesh is not None:
-                    close_mesh(mesh)
-                mesh = build_mesh(cell.layout, _LIMIT_SECONDS, list(range(cell.layout.ranks)))
+            mesh = build_mesh(cell.layout, groups, list(range(cell.layout.ranks)))
             expected = _read(self._path(key))
             try:
                 report = _compare_cell(self.config, cell, mesh, expected) if mesh.rank >= 0 else None
@@ -118,9 +115,7 @@ class Proof:
             yield Result(cell, whole.errors, first, diagnose(whole, cell.degrees))
             if any(stop for _, stop in told):
                 break
-        for mesh_left in (mesh, everyone):
-            if mesh_left is not None:
-                close_mesh(mesh_left)
+        groups.close()
 
     def _path(self, key: str) -> Path:
         return self.folder / f"oracle-{self._order.index(key)}.pt"

@@ -34,7 +34,7 @@ from moe_dist.moe.experts import Experts
 from moe_dist.moe.plan import RoutingPlan, make_plan
 from moe_dist.parallel.expert import build_dispatcher
 from moe_dist.parallel.layout import Layout
-from moe_dist.parallel.mesh import build_mesh
+from moe_dist.parallel.mesh import Groups, build_mesh
 from moe_dist.parallel.wire import expected_share_of_plain
 from tests.support.gang import run_gang
 from tests.support.wire import Wire
@@ -82,7 +82,7 @@ def returned(rows_RD: Tensor, counts_L: list[int]) -> Tensor:
 
 def measure(rank: int, ranks: int, rounds: int) -> list[dict[str, Any]]:
     """What one rank sent and how long each dispatcher took, for every k."""
-    mesh = build_mesh(Layout(ranks, ranks, EXPERTS, ranks // 2), timeout_seconds=600)
+    mesh = build_mesh(Layout(ranks, ranks, EXPERTS, ranks // 2), Groups(600))
     moe = MoEConfig(num_experts=EXPERTS, expert_width=EXPERT_WIDTH)
     model = ModelConfig(width=WIDTH, moe=moe)
     dispatchers = {name: build_dispatcher(mesh, parallel, model) for name, parallel in DISPATCHERS.items()}

@@ -28,7 +28,7 @@ from moe_dist.parallel.dispatch_deepep import DeepEPDispatcher, open_buffer
 from moe_dist.parallel.dispatch_two_level import TwoLevelDispatcher
 from moe_dist.parallel.expert import build_dispatcher
 from moe_dist.parallel.layout import Layout
-from moe_dist.parallel.mesh import Mesh, build_mesh
+from moe_dist.parallel.mesh import Groups, Mesh, build_mesh
 from moe_dist.parallel.wire import TwoLevelBytes, WireBytes
 from tests.support import fake_deep_ep
 from tests.support.gang import run_gang
@@ -101,7 +101,7 @@ def trial_of_rank(rank: int, trial: Trial, mesh: Mesh) -> dict[str, Any]:
 
 def trials_of_rank(rank: int, ranks: int) -> dict[Any, dict[str, Any]]:
     layout = Layout(ranks, ranks, ranks, NODE[ranks])
-    mesh = build_mesh(layout, timeout_seconds=60)
+    mesh = build_mesh(layout, Groups(60))
     found: dict[Any, dict[str, Any]] = {trial: trial_of_rank(rank, trial, mesh) for trial in trials_of(ranks)}
     if ranks == 4:
         found |= {name: planted(rank, name, mesh) for name in MISTAKES}

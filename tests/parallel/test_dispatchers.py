@@ -20,7 +20,7 @@ from moe_dist.parallel.choices import arrange_arrivals, crossing_tokens, encode_
 from moe_dist.parallel.expert import build_dispatcher
 from moe_dist.parallel.fan import Fan, fan_in, fan_of_crossings, fan_out
 from moe_dist.parallel.layout import Layout
-from moe_dist.parallel.mesh import Mesh, build_mesh
+from moe_dist.parallel.mesh import Groups, Mesh, build_mesh
 from moe_dist.parallel.phases import PhasedDispatcher
 from moe_dist.parallel.wire import WireBytes, expected_share_of_plain
 from tests.support.gang import run_gang
@@ -99,7 +99,7 @@ def one_pass(rank: int, case: Case, dispatch: str, mesh: Mesh) -> dict[str, Any]
 
 
 def all_passes(rank: int) -> dict[Any, dict[str, Any]]:
-    mesh = build_mesh(Layout(RANKS, RANKS, RANKS), timeout_seconds=60)
+    mesh = build_mesh(Layout(RANKS, RANKS, RANKS), Groups(60))
     keys = [(name, dispatch, go) for name in CASES for dispatch in DISPATCHERS for go in (0, 1)]
     return {(name, dispatch, go): one_pass(rank, CASES[name], dispatch, mesh) for name, dispatch, go in keys}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_dist.config import Config
 from moe_dist.optim import build_adamw
 from moe_dist.parallel.layout import Layout, layout_of, ranks_of_node
-from moe_dist.parallel.mesh import Mesh, build_mesh
+from moe_dist.parallel.mesh import Groups, Mesh, build_mesh
 from moe_dist.parallel.zero import share_out
 from moe_dist.train.step import Trainee
 from moe_dist.verify import step
@@ -28,7 +28,7 @@ def mesh_of(layout: Layout) -> Mesh:
 
 @functools.cache
 def _mesh_in(world: dist.ProcessGroup, layout: Layout) -> Mesh:
-    return build_mesh(layout, timeout_seconds=60)  # of this world: groups of one that has ended are dead
+    return build_mesh(layout, Groups(60))  # of this world: groups of one that has ended are dead
 
 
 def parallel_trainee(config: Config, expert: int, optimizer: str = "sgd") -> Trainee:
