@@ -24,6 +24,7 @@ from moe_dist.moe.router import HashRouter, Router
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.runtime.process import Process
 from moe_dist.train import PROGRESS_FILE
+from moe_dist.train.checks import check_weights
 from moe_dist.train.routing_ledger import recorded_steps
 from moe_dist.train.step import train_step
 
@@ -77,6 +78,7 @@ def run_steps(config: Config, build_dir: Path, process: Process) -> dict[str, An
     workers = list_workers(process, mesh)
     _tell(process, run_dir, event="start", first_step=0, steps=steps, ranks=len(workers), workers=workers)
     for step in range(steps):
+        check_weights(trainee, step)
         started = time.perf_counter()
         rows = next(batches).to(process.device)
         figures = train_step(trainee, rows, step, (run_dir / STOP_FILE).exists())
@@ -88,6 +90,7 @@ def run_steps(config: Config, build_dir: Path, process: Process) -> dict[str, An
         _tell(process, run_dir, event="step", step=step + 1, loss=figures.loss, tokens_per_second=speed)
         if figures.stop:
             break
+    check_weights(trainee, len(losses), now=True)
     status = "finished" if len(losses) == steps else "interrupted"
     return {"status": status, "losses": losses} | ({} if drift is None else {"drift": drifts})
 

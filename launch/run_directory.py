@@ -30,6 +30,8 @@ _MAY_CHANGE = (
     "train.micro_batch_sequences",
     "train.steps",
     "train.routing_ledger",
+    "train.checks",
+    "train.checks_every_steps",
 )
 
 

@@ -54,7 +54,7 @@ class LedgerError(MoeDistError):
 
 
 class TrainingFault(MoeDistError):
-    """Training cannot go on: a loss or gradient that is not finite, or workers that failed too often."""
+    """Training cannot go on: an invariant that does not hold (train/checks.py), or workers that failed too often."""
 
     exit_code = 4
 

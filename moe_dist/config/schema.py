@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
@@ -243,9 +243,23 @@ class TrainConfig(Section):
         "of choosing.",
         "path",
     )
+    checks: Literal["off", "light", "full"] = key(
+        "light",
+        "Invariants that stop a run where they do not hold: none; those of counts and gradients at every step; or also "
+        "that copies of a tensor are identical and experts are not, now and then.",
+    )
+    checks_every_steps: int = key(
+        100, "With checks=full, weights are compared every so many steps, and at both ends of a run.", "steps", ge=1
+    )
     threads_per_rank: int | None = key(
         None, "CPU threads of a rank; null shares the machine's cores evenly.", "threads", ge=1
     )
+
+    @field_validator("checks", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
 
 
 class OptimizerConfig(Section):

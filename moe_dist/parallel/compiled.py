@@ -5,7 +5,7 @@ written by hand, and whatever waits for other ranks must stay where every rank m
 collective, and a part compiles alike whatever the layout, recompute and sharing out are around it: these wrap it.
 
 The modules of a model share their code, so each kind is compiled once for a shape, and once more for all shapes when a
-second one comes. An empty micro-batch runs uncompiled code of its own.
+second one comes.
 """
 
 from __future__ import annotations

@@ -62,6 +62,16 @@ def local(held: Tensor) -> Tensor:
     return held.to_local().detach() if isinstance(held, DTensor) else held.detach()
 
 
+def rows_here(held: Tensor) -> range:
+    """Which places along the first dimension are here: those of a matrix's rows, or of stacked experts."""
+    if not isinstance(held, DTensor):
+        return range(len(held))
+    last = held.device_mesh.ndim - 1
+    each = -(-len(held) // held.device_mesh.size(last))
+    start = min(held.device_mesh.get_local_rank(last) * each, len(held))
+    return range(start, min(start + each, len(held)))
+
+
 @contextmanager
 def filling(held: Tensor) -> Iterator[Tensor]:
     """What is to be written as if all of it were here; of it this rank keeps its part."""
@@ -70,9 +80,8 @@ def filling(held: Tensor) -> Iterator[Tensor]:
         return
     buffer = torch.empty(held.shape, dtype=held.dtype, device=held.device)
     yield buffer
-    last = held.device_mesh.ndim - 1
-    parts, place = buffer.chunk(held.device_mesh.size(last)), held.device_mesh.get_local_rank(last)
-    local(held).copy_(parts[place] if place < len(parts) else buffer[:0])
+    rows = rows_here(held)
+    local(held).copy_(buffer[rows.start : rows.stop])
 
 
 def _sharded_modules(model: Transformer) -> list[FSDPModule]:

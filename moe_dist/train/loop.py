@@ -16,6 +16,7 @@ from moe_dist.checkpoint.agree import on_first_rank
 from moe_dist.checkpoint.load import agree_on_newest, load_training_state
 from moe_dist.checkpoint.save import Saved, save_checkpoint
 from moe_dist.errors import CheckpointError
+from moe_dist.train.checks import check_weights
 from moe_dist.train.evaluate import HeldOut, evaluate
 from moe_dist.train.metrics import Recorder
 from moe_dist.train.step import Trainee, train_step
@@ -68,6 +69,7 @@ class Trainer:
         goes on.
         """
         steps, device = self.config.train.steps, self.held_out.rows.device
+        check_weights(self.trainee, self.step, now=True)
         while True:
             if self._is_due(self.config.evaluate.every_steps) or self.step in (0, steps):
                 self.evaluate()
@@ -78,7 +80,9 @@ class Trainer:
             figures = train_step(self.trainee, rows, self.step, stop_asked())
             self.step += 1
             self.recorder.step(self.step, figures, time.perf_counter() - started)
-            if figures.stop or self.step == steps:
+            ends = figures.stop or self.step == steps
+            check_weights(self.trainee, self.step, now=ends)
+            if ends:
                 self.save()
             elif self._is_due(self.config.checkpoint.every_steps):
                 self._try_to_save()

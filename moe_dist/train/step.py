@@ -24,6 +24,7 @@ from moe_dist.optim import learning_rate, set_learning_rate
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.checks import Witness
 from moe_dist.train.demand import Demand, Replay, count_demand, counts_first, demand_so_far
 from moe_dist.train.routing_ledger import Place, RoutingLedger
 
@@ -108,7 +109,8 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
         stop_asked: Whether this rank was asked to stop; told to all in the figures.
 
     Raises:
-        TrainingFault: The gradient is not finite; on every rank alike, before any weight changes.
+        TrainingFault: The gradient is not finite, or an invariant does not hold (`checks.py`); on every rank alike,
+            before any weight changes.
         LedgerError: The routing to be followed is of another batch, or the routing cannot be recorded.
     """
     config = trainee.config
@@ -119,7 +121,7 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     counted = rows_everywhere * length
     ledger, place = trainee.ledger, Place(step, first_row, rows_everywhere)
     replay = ledger.open_step(rows, place) if ledger else None
-    tally = _Tally(trainee, stop_asked)
+    tally, witness = _Tally(trainee, stop_asked), Witness(trainee)
     passes = list(_passes(rows, config, Draw(config.seed, step, first_row), trainee.mesh.layout.data))
     demand, followed = _decided_before(trainee, passes, replay)
     for number, ((micro_batch, draw), follow) in enumerate(zip(passes, followed, strict=True), start=1):
@@ -130,15 +132,18 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
             ledger.keep(sums.records, draw.first_row, length)
         if number == len(passes):
             trainee.gradients.expect_last()
+        witness.watch(sums.records)
         (sums.total(config.model.moe) / counted).backward()
         tally.add(sums)
         if config.model.moe.global_balance == "running":
             demand = demand_so_far(trainee.model, sums.records)
     if ledger:
         ledger.close_step(rows, place)
-    trainee.gradients.reduce()
+    witness.reduce()
     grad_norm = float(trainee.gradients.clip(config.train.clip_norm))
+    tally.sums |= witness.sums
     figures = tally.figures(counted, grad_norm, learning_rate(step, config.train.steps, config.optimizer))
+    witness.judge(step, figures, tally.total)
     if not math.isfinite(grad_norm):
         fix = "a new run.dir with a lower optimizer.lr or train.precision=fp32; this run's checkpoints are intact"
         raise TrainingFault(f"step {step + 1}", f"gradient norm {grad_norm}", "gradients are finite", fix)
@@ -201,7 +206,12 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[obj
 
 
 class _Tally:
-    """Adds up a step on this rank, and over all ranks in one collective of fp64 (exact for counts below 2^53)."""
+    """Adds up a step on this rank, and over all ranks in one collective of fp64 (exact for counts below 2^53).
+
+    Attributes:
+        sums: What was added up here.
+        total: The same over all ranks, once `figures` has asked them.
+    """
 
     def __init__(self, trainee: Trainee, stop_asked: bool) -> None:
         self.mesh = trainee.mesh
@@ -215,6 +225,7 @@ class _Tally:
             name: torch.zeros(shape, dtype=torch.float64, device=self.device) for name, shape in shapes.items()
         }
         self.sums["stop"] += stop_asked
+        self.total: dict[str, Tensor] = {}
 
     def add(self, sums: LossSums) -> None:
         """Adds a micro-batch that is trained on."""
@@ -231,7 +242,7 @@ class _Tally:
             self.sums["bytes_sent"] += record.journey.bytes_sent
 
     def figures(self, counted: int, grad_norm: float, lr: float) -> StepFigures:
-        total = self._over_all_ranks()
+        total = self.total = self._over_all_ranks()
         exact = float(balance_sum(total["probability"], total["demand"]))
         weighed = {"balance": self.moe.balance_loss, "group_balance": self.moe.group_balance_loss, "z": self.moe.z_loss}
         terms = {name: float(total[name]) / counted for name in ("cross_entropy", *weighed)}

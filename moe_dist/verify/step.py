@@ -183,7 +183,8 @@ def candidate_step(trainee: Trainee, rows: Tensor, gradients: dict[str, Tensor] 
     """
     model, config = trainee.model, trainee.config
     constant = config.optimizer.model_copy(update={"lr": 1.0, "warmup_steps": 0, "min_lr_fraction": 1.0})
-    config = config.model_copy(update={"optimizer": constant})
+    judged = config.train.model_copy(update={"checks": "off"})  # the comparison says more than a fault would
+    config = config.model_copy(update={"optimizer": constant, "train": judged})
     routing, first_weights = _KeptRouting(config, model), _whole_weights(trainee)
     gradients = {} if gradients is None else gradients
     _keep_gradients(trainee, gradients)
@@ -195,8 +196,7 @@ def candidate_step(trainee: Trainee, rows: Tensor, gradients: dict[str, Tensor] 
         choices=routing.choices,
         scalars={name: getattr(figures, name) for name in terms},
         gradients=gradients,
-        weights=_whole_pieces(trainee, lambda parameter: parameter)
-        | {name: bias.clone() for name, bias in global_buffers(model).items()},
+        weights=_whole_weights(trainee) | {name: bias.clone() for name, bias in global_buffers(model).items()},
     )
 
 

@@ -68,7 +68,7 @@ def test_changed_keys_what_leaves_the_result_alone_may_change(tmp_path: Path, mo
     same = config_of(
         tmp_path,
         data={"input": str(tmp_path / "text"), "dir": "elsewhere"},
-        train={"steps": 50, "threads_per_rank": 3, "micro_batch_sequences": 2},
+        train={"steps": 50, "threads_per_rank": 3, "micro_batch_sequences": 2, "checks": "full"},
         launch={"workers": 5},
         parallel={"expert": 2},
         checkpoint={"keep": 9},
