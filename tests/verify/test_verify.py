@@ -301,3 +301,16 @@ def test_quick_lattice_of_four_ranks_is_equal_for_other_routers(router):
         keys += ["model.moe.drop_policy=position_token_major"]
     done = CliRunner().invoke(app, ["verify", DEMO, "--ranks", "4", "--json", *keys])
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("style", ["mixtral", "deepseek"])
+def test_quick_lattice_of_eight_ranks_is_equal_for_other_families(style):
+    """Of DeepSeek-V3's kind (64 experts, 8 a token, groups, bias, a shared one) and of Mixtral's."""
+    config = str(ROOT / "configs" / f"{style}-style.yaml")
+    done = CliRunner().invoke(app, ["verify", config, "--ranks", "8", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["equal"] and len(found["cells"]) > 400
+    assert {cell["degrees"]["expert"] for cell in found["cells"]} == {1, 2, 4, 8}
