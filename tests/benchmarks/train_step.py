@@ -57,7 +57,7 @@ def config_of(dense: bool = False) -> Config:
     model |= {"head_width": 64, "tie_embeddings": True, "ffn_width": TOP_K * EXPERT_WIDTH}
     model |= {"num_dense_layers": LAYERS if dense else 0, "moe": {**moe, "balance_loss": 0.01}}
     train = {"steps": 1000, "global_batch_sequences": ROWS, "micro_batch_sequences": ROWS, "clip_norm": 1.0}
-    # Weights hardly move, so that every router keeps the load that its first weights give, as even as training holds it.
+    # Weights hardly move: every router keeps the load that its first weights give, about as even as training holds it.
     optimizer = {"lr": 1e-6, "warmup_steps": 0}
     tree = {"model": model, "train": train, "optimizer": optimizer, "data": {"sequence_length_tokens": LENGTH}}
     return parse_config(tree)
