@@ -39,7 +39,7 @@ app = typer.Typer(
     context_settings=_SETTINGS,
     help="Trains mixture-of-experts language models. Start with: moe-dist train configs/demo.yaml",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Text to shards; what they hold, and whether they are whole.")
+data_app = typer.Typer(no_args_is_help=True, help="Text to shards; what they hold, whether they are whole.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
@@ -177,6 +177,7 @@ def data_build(
 
 data_app.command("inspect")(data_commands.inspect)
 data_app.command("verify")(data_commands.verify)
+data_app.command("export")(data_commands.export)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`moe-dist data inspect` and `data verify`: what a build holds, and whether it is whole.
+"""`moe-dist data inspect`, `verify` and `export`: what a build holds, whether it is whole, and other formats of it.
 
 With `--json` the last line of standard output is one JSON object, and everything else goes to standard error.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -59,6 +59,35 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
         )
     counts = f"{found['shards']} shards, {found['documents']:,} documents, {found['tokens']:,} tokens"
     typer.echo(json.dumps(found) if as_json else f"{folder} is whole: {counts}")
+
+
+def export(
+    folder: Folder,
+    out: Annotated[str, typer.Option(metavar="PREFIX", help="Beginning of the files' names; nothing is overwritten.")],
+    form: Annotated[
+        Literal["megatron"], typer.Option("--format", help="Megatron-LM's indexed dataset: .bin and .idx.")
+    ] = "megatron",
+    as_json: AsJson = False,
+) -> None:
+    """Write a build in another program's format: PREFIX_train and PREFIX_heldout, each .bin and .idx.
+
+    Megatron-LM reads them as --train-data-path PREFIX_train --valid-data-path PREFIX_heldout, with the build's
+    tokenizer.json.
+
+    Example: moe-dist data export runs/data/0123456789abcdef0123 --format megatron --out exports/corpus
+    """
+    from data_pipeline.megatron import export_megatron
+    from launch.progress import open_display
+
+    with open_display() as display:
+        found = export_megatron(
+            Path(folder), Path(out), lambda done, total: display.update("export", done, total, unit="tokens")
+        )
+    lines = [
+        f"{row['prefix']}.bin, .idx: {row['documents']:,} documents, {row['tokens']:,} tokens of {row['dtype']}"
+        for row in found.values()
+    ]
+    typer.echo(json.dumps({"format": form, "splits": found}) if as_json else "\n".join(lines))
 
 
 def _print_build(found: Mapping[str, Any], console: Console) -> None:

@@ -69,6 +69,9 @@ def finished(tmp_path: Path, config_path: Path) -> Path:
         (("generate", "nowhere"), "RUN_DIR"),
         (("data", "inspect", "nowhere"), "no manifest.json"),
         (("data", "verify", "nowhere"), "no manifest.json"),
+        (("data", "export", "nowhere", "--out", "nowhere"), "no manifest.json"),
+        (("data", "export", "nowhere"), "--out"),
+        (("data", "export", "nowhere", "--format", "csv", "--out", "x"), "megatron"),
         (("status", "job"), "--address"),
     ],
 )

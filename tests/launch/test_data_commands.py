@@ -1,4 +1,4 @@
-"""`moe-dist data inspect` and `data verify` from outside."""
+"""`moe-dist data inspect`, `verify` and `export` from outside."""
 
 from __future__ import annotations
 
@@ -57,3 +57,21 @@ def test_verify_damaged_build_exits_2_and_names_the_file(built: Path) -> None:
     assert "build again" in done.stderr
     assert not done.stdout
     assert moe_dist("data", "verify", str(built)).stdout.startswith(f"{built} is whole: ")
+
+
+def test_export_writes_both_splits_and_says_what_megatron_takes(built: Path, tmp_path: Path) -> None:
+    command = ("data", "export", str(built), "--format", "megatron", "--out", str(tmp_path / "c"))
+    done = moe_dist(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["splits"]["train"]["prefix"] == str(tmp_path / "c_train")
+    assert sum(row["documents"] for row in figures["splits"].values()) == 40
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "c_heldout.bin",
+        "c_heldout.idx",
+        "c_train.bin",
+        "c_train.idx",
+    ]
+    again = moe_dist(*command)
+    assert again.returncode == 2
+    assert "overwrites nothing" in again.stderr
