@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +121,7 @@ def _write_split(folder: Path, manifest: Manifest, split: str, pair: _Pair) -> I
     """Writes one split aside; yields the number of tokens of each batch when it is written."""
     dtype = token_dtype(manifest.tokenizer_size)
     documents = sum(shard.documents for shard in manifest.splits[split])
-    with open(pair.aside(".bin"), "wb") as tokens, _IndexFile(pair.aside(".idx"), dtype, documents) as index:
+    with open(pair.aside(".bin"), "wb") as tokens, _open_index(pair.aside(".idx"), dtype, documents) as index:
         for shard in manifest.splits[split]:
             before, begun = index.documents, 0
             for batch in shard_batches(folder, shard):
@@ -139,29 +139,12 @@ def _write_split(folder: Path, manifest: Manifest, split: str, pair: _Pair) -> I
         os.fsync(tokens.fileno())
 
 
-class _IndexFile:
-    """An index written in order of documents: its three tables grow side by side, each from its own place."""
+class _Index:
+    """An index written in order of documents: its three tables grow side by side in one file."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], documents: int) -> None:
+    def __init__(self, tables: tuple[BinaryIO, BinaryIO, BinaryIO], item_bytes: int) -> None:
         self.documents = 0
-        self._item_bytes, self._next_byte = dtype.itemsize, 0
-        code = _CODE_UINT16 if dtype.itemsize == 2 else _CODE_INT32
-        path.write_bytes(_HEADER + struct.pack("<QBQQ", 1, code, documents, documents + 1))
-        places = (_PREAMBLE_BYTES, _PREAMBLE_BYTES + 4 * documents, _PREAMBLE_BYTES + 12 * documents)
-        self._open = contextlib.ExitStack()
-        self._tables = [self._open.enter_context(open(path, "r+b")) for _ in places]
-        for table, place in zip(self._tables, places, strict=True):
-            table.seek(place)
-        self._tables[2].write(np.zeros(1, dtype="<i8").tobytes())
-
-    def __enter__(self) -> _IndexFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._open:
-            for table in self._tables:
-                table.flush()
-                os.fsync(table.fileno())
+        self._tables, self._item_bytes, self._next_byte = tables, item_bytes, 0
 
     def add(self, lengths: NDArray[np.integer[Any]]) -> None:
         """Appends documents of these lengths in tokens."""
@@ -172,3 +155,19 @@ class _IndexFile:
             table.write(values.astype(kind).tobytes())
         self.documents += len(lengths)
         self._next_byte = int(stops[-1])
+
+
+@contextlib.contextmanager
+def _open_index(path: Path, dtype: np.dtype[Any], documents: int) -> Iterator[_Index]:
+    """An index of so many documents; durable when the block ends."""
+    code = _CODE_UINT16 if dtype.itemsize == 2 else _CODE_INT32
+    path.write_bytes(_HEADER + struct.pack("<QBQQ", 1, code, documents, documents + 1))
+    with open(path, "r+b") as lengths, open(path, "r+b") as pointers, open(path, "r+b") as numbers:
+        lengths.seek(_PREAMBLE_BYTES)
+        pointers.seek(_PREAMBLE_BYTES + 4 * documents)
+        numbers.seek(_PREAMBLE_BYTES + 12 * documents)
+        numbers.write(np.zeros(1, dtype="<i8").tobytes())
+        yield _Index((lengths, pointers, numbers), dtype.itemsize)
+        for table in (lengths, pointers, numbers):
+            table.flush()
+            os.fsync(table.fileno())
