@@ -1,5 +1,6 @@
 """Raw text -> shards of tokens -> the batches of one rank, in flow order.
 
-listing -> documents -> survey -> tokenizer -> shards -> build; then split reader -> permutation -> loader, and the
-bigram baseline. Imports from `moe_dist` only `errors` and `config`.
+listing -> streams, records, tables -> documents -> survey -> tokenizer -> shards -> build; then split reader ->
+permutation -> loader, and the bigram baseline. Of a build that is there: verification, inspection, and megatron, which
+writes it in another format. Imports from `moe_dist` only `errors` and `config`.
 """

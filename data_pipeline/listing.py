@@ -1,8 +1,9 @@
-"""Which files the input consists of: found, sorted and counted, but not opened."""
+"""Which files the input consists of: found, sorted and counted; of saved datasets, what their state.json names."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import stat
 import sysconfig
@@ -10,11 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import Any
 
 from moe_dist.errors import DataError
 
 PYTHON_LIBRARY = "python-library"
-RECORD_ENDINGS = (".jsonl", ".jsonl.zst", ".parquet")
+RECORD_ENDINGS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
+_SAVED_DATASET = ("state.json", "dataset_info.json")  # what `datasets.save_to_disk` writes beside its .arrow files
 # Installed packages and tests differ between machines or hold text that is wrong on purpose; `encodings` and
 # `pydoc_data` are tables rather than programs.
 _NOT_LIBRARY = frozenset(
@@ -30,7 +33,7 @@ class InputFile:
     Attributes:
         id: Path relative to the input folder, with `/`; the file's name where the input is one file.
         path: Where it lies.
-        kind: One of `RECORD_ENDINGS`, or `plain`.
+        kind: One of `RECORD_ENDINGS`, `.arrow` for a file of a saved dataset, or `plain`.
         size_bytes: Size when it was listed.
         mtime_ns: Time of its last change when it was listed, in nanoseconds.
     """
@@ -94,10 +97,14 @@ def _list_library() -> Listing:
 
 
 def _list_folder(root: Path, suffixes: tuple[str, ...]) -> Listing:
-    files: list[InputFile] = []
+    found = dict(_walk(root))
+    saved = _saved_files(found)
+    files = [_stat_file(id_, path, ".arrow") for id_, path in saved.items() if path.suffix == ".arrow"]
     ignored: Counter[str] = Counter()
-    for id_, path in _walk(root):
+    for id_, path in found.items():
         kind = kind_of(id_, suffixes)
+        if id_ in saved:
+            continue
         if kind is None:
             ignored[PurePath(id_).suffix.lower() or "(none)"] += 1
         else:
@@ -107,7 +114,8 @@ def _list_folder(root: Path, suffixes: tuple[str, ...]) -> Listing:
         raise DataError(
             "data.input",
             f"{root} holds {seen}",
-            f"some file has an ending that is read: {', '.join(RECORD_ENDINGS + tuple(suffixes))}",
+            f"some file has an ending that is read: {', '.join(RECORD_ENDINGS + tuple(suffixes))}, "
+            "or save_to_disk of datasets wrote the folder",
             "name another folder, or add the ending of a plain-text file to data.suffixes",
         )
     return Listing(tuple(sorted(files, key=lambda file: file.id)), dict(sorted(ignored.items())))
@@ -121,9 +129,47 @@ def _list_file(path: Path, suffixes: tuple[str, ...]) -> Listing:
             "data.input",
             str(path),
             f"a file has an ending that is read: {', '.join(RECORD_ENDINGS + tuple(suffixes))}",
-            f"if it is plain text: data.suffixes='[\"{path.suffix}\"]'",
+            "name the folder that save_to_disk of datasets wrote"
+            if path.suffix == ".arrow"
+            else f"if it is plain text: data.suffixes='[\"{path.suffix}\"]'",
         )
     return Listing((_stat_file(path.name, path, kind),))
+
+
+def _saved_files(found: dict[str, Path]) -> dict[str, Path]:
+    """The files of every saved dataset among those found: its two tables of contents and the .arrow files they name.
+
+    Raises:
+        DataError: A state.json cannot be read, names a file outside its folder, or an order of rows of its own.
+    """
+    saved: dict[str, Path] = {}
+    for id_, path in found.items():
+        prefix, slash, name = id_.rpartition("/")
+        beside = [f"{prefix}{slash}{other}" for other in _SAVED_DATASET]
+        if name == _SAVED_DATASET[0] and beside[1] in found:
+            names = _data_files(id_, path)
+            saved |= {f"{prefix}{slash}{data_file}": path.with_name(data_file) for data_file in names}
+            saved |= {other: found[other] for other in beside}
+    return saved
+
+
+def _data_files(id_: str, path: Path) -> list[str]:
+    """The .arrow files that a state.json names: names in its own folder, as a stranger may have written it."""
+    fix = "save the dataset again with save_to_disk"
+    try:
+        state: Any = json.loads(path.read_bytes())
+        names = [entry["filename"] for entry in state["_data_files"]]
+        reordered = bool(state.get("_indices_data_files"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(id_, error, "state.json of a saved dataset names its data files", fix) from None
+    for name in names:
+        plain = isinstance(name, str) and PurePath(name).name == name and name.endswith(".arrow") and "\0" not in name
+        if not plain:
+            raise DataError(id_, f"data file {name!r}", "a data file is an .arrow file in the same folder", fix)
+    if reordered:
+        rule = "the rows of a saved dataset are in their own order, without a table of indices"
+        raise DataError(id_, "_indices_data_files", rule, "dataset.flatten_indices() before save_to_disk")
+    return names
 
 
 def _walk(root: Path, without: frozenset[str] = frozenset({"__pycache__"})) -> Iterator[tuple[str, Path]]:

@@ -205,6 +205,8 @@ class TokenSplit:
             raise self._damaged(shard, f"sha256 {found}, not {shard.sha256}")
 
     def _check_size(self, shard: Shard) -> None:
+        if Path(shard.file).name != shard.file:
+            raise self._damaged(shard, "a path, where a name in the folder of the build is wanted")
         try:
             size = (self.folder / shard.file).stat().st_size
         except OSError as error:

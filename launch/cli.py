@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch import data_commands
 from launch.config_commands import config_app
 from launch.failure import RankCrash
 from launch.routing_commands import routing_app
@@ -38,7 +39,7 @@ app = typer.Typer(
     context_settings=_SETTINGS,
     help="Trains mixture-of-experts language models. Start with: moe-dist train configs/demo.yaml",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Text to shards.")
+data_app = typer.Typer(no_args_is_help=True, help="Text to shards; what they hold, whether they are whole.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
@@ -172,6 +173,11 @@ def data_build(
         else:
             build_dir = _build(checked, False, display)
     _answer(as_json, {"build_dir": str(build_dir)}, f"shards are in {build_dir}")
+
+
+data_app.command("inspect")(data_commands.inspect)
+data_app.command("verify")(data_commands.verify)
+data_app.command("export")(data_commands.export)
 
 
 @app.command()

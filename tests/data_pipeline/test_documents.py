@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import documents as documents_module
+from data_pipeline import streams
 from data_pipeline.documents import PIECE_BYTES, WHOLE_FILE_BYTES, Document, read_documents
 from data_pipeline.listing import InputFile
 from moe_dist.errors import DataError
@@ -96,7 +96,10 @@ def test_jsonl_records_are_named_by_line_and_blank_lines_are_no_records(input_fi
     [
         (b"{bad", "one JSON object"),
         (b'["text"]', "an array"),
+        (b"[", "jq -c '.[]' FILE"),
         (b'"text"', "str"),
+        (b'{"conversations": [{"role": "user", "content": "hello"}]}', "instruction tuning"),
+        (b'{"chosen": [], "rejected": []}', "instruction tuning"),
         (b'{"txt": "x"}', "data.text_field=txt"),
         (b'{"text": 3}', "text is int"),
         (b'{"text": null}', "text is NoneType"),
@@ -116,10 +119,25 @@ def test_jsonl_bad_record_is_an_error_in_its_place(input_file: Write, line: byte
     assert words in str(found[1])
 
 
+def test_jsonl_conversations_named_as_the_text_point_to_instruction_tuning(input_file: Write) -> None:
+    record = {"conversations": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    file = input_file("sft.jsonl", json.dumps(record).encode())
+    for field in ("text", "conversations"):
+        error = _one_error(file, field)
+        assert error.value == "conversations: turns of a dialogue"
+        assert "instruction tuning" in error.fix
+    assert _read(input_file("a.jsonl", b'{"chosen": "a text"}'), "chosen")[0].text == "a text"
+
+
+def test_jsonl_empty_file_is_no_document(input_file: Write) -> None:
+    assert _read(input_file("a.jsonl", b"")) == []
+    assert _read(input_file("b.jsonl", b"\n \n")) == []
+
+
 def test_jsonl_line_over_the_limit_is_an_error_and_the_next_line_is_read(
     input_file: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents_module, "MAX_RECORD_BYTES", 100_000)
+    monkeypatch.setattr(streams, "MAX_RECORD_BYTES", 100_000)
     file = input_file("a.jsonl", _lines("x" * 1_000_000, "y", "z" * 600_000))
     found = list(read_documents(file, "text"))
     assert [type(document) for document in found] == [DataError, Document, DataError]
@@ -222,6 +240,6 @@ def test_parquet_cut_off_is_an_error(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_an_error_with_its_name(tmp_path: Path) -> None:
-    for kind in ("plain", ".jsonl", ".jsonl.zst", ".parquet"):
+    for kind in ("plain", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".arrow"):
         with pytest.raises(DataError, match="No such file"):
             list(read_documents(InputFile("gone", str(tmp_path / "gone"), kind, 0, 0), "text"))

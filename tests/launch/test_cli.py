@@ -67,6 +67,11 @@ def finished(tmp_path: Path, config_path: Path) -> Path:
         (("train", "C", "--nope"), "No such option"),
         (("nonsense",), "No such command"),
         (("generate", "nowhere"), "RUN_DIR"),
+        (("data", "inspect", "nowhere"), "no manifest.json"),
+        (("data", "verify", "nowhere"), "no manifest.json"),
+        (("data", "export", "nowhere", "--out", "nowhere"), "no manifest.json"),
+        (("data", "export", "nowhere"), "--out"),
+        (("data", "export", "nowhere", "--format", "csv", "--out", "x"), "megatron"),
         (("status", "job"), "--address"),
     ],
 )
@@ -92,7 +97,19 @@ def test_command_wrong_input_imports_neither_torch_nor_ray(config_path: Path) ->
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "simulate", "data build", "submit", "logs", "status", "stop", "generate", "config show"]
+    [
+        "train",
+        "simulate",
+        "data build",
+        "data inspect",
+        "data verify",
+        "submit",
+        "logs",
+        "status",
+        "stop",
+        "generate",
+        "config show",
+    ]
     + ["routing record", "routing diff", "routing replay"],
 )
 def test_help_every_command_has_text(command: str) -> None:

@@ -1,0 +1,141 @@
+"""`moe-dist data inspect`, `verify` and `export`: what a build holds, whether it is whole, and other formats of it.
+
+With `--json` the last line of standard output is one JSON object, and everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SKIPPED_SHOWN = 20
+
+Folder = Annotated[
+    str, typer.Argument(metavar="FOLDER", help="A build, as `moe-dist data build` printed it.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
+
+
+def inspect(
+    folder: Folder,
+    samples: Annotated[int, typer.Option(min=0, help="Documents of each split whose beginning is shown.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a build holds: splits, tokens, where it came from, what was left out and why, some text.
+
+    Example: moe-dist data inspect runs/data/0123456789abcdef0123
+    """
+    from data_pipeline.inspection import describe_build
+
+    found = describe_build(Path(folder), samples)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    from rich.console import Console
+
+    _print_build(found, Console())
+
+
+def verify(folder: Folder, as_json: AsJson = False) -> None:
+    """Prove a build whole: every shard's hash and counts, the tokenizer, an end-of-text after every document.
+
+    Exit code 0 when it is, 2 with the damaged file and what to do when it is not.
+
+    Example: moe-dist data verify runs/data/0123456789abcdef0123
+    """
+    from data_pipeline.verification import verify_build
+    from launch.progress import open_display
+
+    with open_display() as display:
+        found = verify_build(
+            Path(folder), lambda done, total: display.update("verify shards", done, total, unit="bytes")
+        )
+    counts = f"{found['shards']} shards, {found['documents']:,} documents, {found['tokens']:,} tokens"
+    typer.echo(json.dumps(found) if as_json else f"{folder} is whole: {counts}")
+
+
+def export(
+    folder: Folder,
+    out: Annotated[str, typer.Option(metavar="PREFIX", help="Beginning of the files' names; nothing is overwritten.")],
+    form: Annotated[
+        Literal["megatron"], typer.Option("--format", help="Megatron-LM's indexed dataset: .bin and .idx.")
+    ] = "megatron",
+    as_json: AsJson = False,
+) -> None:
+    """Write a build in another program's format: PREFIX_train and PREFIX_heldout, each .bin and .idx.
+
+    Megatron-LM reads them as --train-data-path PREFIX_train --valid-data-path PREFIX_heldout, with the build's
+    tokenizer.json.
+
+    Example: moe-dist data export runs/data/0123456789abcdef0123 --format megatron --out exports/corpus
+    """
+    from data_pipeline.megatron import export_megatron
+    from launch.progress import open_display
+
+    with open_display() as display:
+        found = export_megatron(
+            Path(folder), Path(out), lambda done, total: display.update("export", done, total, unit="tokens")
+        )
+    lines = [
+        f"{row['prefix']}.bin, .idx: {row['documents']:,} documents, {row['tokens']:,} tokens of {row['dtype']}"
+        for row in found.values()
+    ]
+    typer.echo(json.dumps({"format": form, "splits": found}) if as_json else "\n".join(lines))
+
+
+def _print_build(found: Mapping[str, Any], console: Console) -> None:
+    """Prints a build, readable at 100 columns without colours."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console.print(_split_table(found["splits"]))
+    for name, value in _facts(found):
+        console.print(Text.assemble((f"{name:<16}", "bold"), _printable(value)), soft_wrap=True)
+    for row in found["skipped"][:_SKIPPED_SHOWN]:
+        console.print(Text(_printable(f"  {row['where']}: {row['reason']}")), soft_wrap=True)
+    if len(found["skipped"]) > _SKIPPED_SHOWN:
+        console.print(f"  and {len(found['skipped']) - _SKIPPED_SHOWN} more, which --json lists")
+    for sample in found["samples"]:
+        title = f"{sample['split']}, from token {sample['position']:,}"
+        console.print(Panel(Text(_printable(sample["text"])), title=title, title_align="left"))
+
+
+def _split_table(splits: Mapping[str, Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    for name in ("split", "shards", "documents", "tokens", "bytes of text", "bytes on disk", "bytes/token"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for name, row in splits.items():
+        keys = ("shards", "documents", "tokens", "text_bytes", "file_bytes")
+        ratio = row["bytes_per_token"]
+        table.add_row(name, *(f"{row[key]:,}" for key in keys), "" if ratio is None else f"{ratio:.2f}")
+    return table
+
+
+def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    tokenizer = found["tokenizer"]
+    facts = [
+        ("build", found["build_dir"]),
+        ("fingerprint", found["fingerprint"]),
+        ("tokenizer", f"{tokenizer['size']:,} tokens, end of text {tokenizer['end_of_text']}"),
+        ("", f"sha256 {tokenizer['sha256']}"),
+    ]
+    facts += [("made from" if not i else "", f"{k}={v}") for i, (k, v) in enumerate(found["created_from"].items())]
+    others = ", ".join(f"{ending} ({count})" for ending, count in found["ignored_endings"].items())
+    facts.append(("not read", others or "no file of another ending"))
+    facts.append(("empty documents", f"{found['empty_documents']:,}"))
+    facts.append(("skipped", f"{len(found['skipped']):,} files and records that could not be read"))
+    return facts
+
+
+def _printable(text: str) -> str:
+    """The text without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
