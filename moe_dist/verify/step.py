@@ -7,7 +7,7 @@ Shape letters: S sequence, T tokens, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -57,7 +57,9 @@ class StepProof:
 
     def write(self, path: Path) -> None:
         """Keeps the proof as a file of plain tensors."""
-        torch.save(asdict(self), path)
+        # Not by `asdict`, which copies: of an expert that is a view it would copy the stack of all experts.
+        choices = [[vars(part) for part in parts] for parts in self.choices]
+        torch.save({**vars(self), "choices": choices}, path)
 
     @staticmethod
     def read(path: Path) -> StepProof:
@@ -111,7 +113,9 @@ def oracle_step(config: Config, rows: Tensor, cut: Sequence[Pieces] | None = Non
     norm = float(torch.sqrt(sum((g.double().square().sum() for g in grads.values()), torch.zeros(()))))
     scale = min(1.0, config.train.clip_norm / norm) if config.train.clip_norm else 1.0
     held = list(global_tensors(model))
-    weights = {p.name: p.of(model.get_parameter(p.parameter).detach() - scale * grads[p.parameter]) for p in held}
+    # Of each piece by itself: a piece that is a view would keep the stack of all experts.
+    before = {p.name: p.of(model.get_parameter(p.parameter).detach()) for p in held}
+    weights = {p.name: before[p.name] - scale * p.of(grads[p.parameter]) for p in held}
     return StepProof(
         first_weights={p.name: p.of(model.get_parameter(p.parameter).detach()) for p in held},
         counts=counts,
