@@ -18,13 +18,17 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.clean import Cleaner
+from data_pipeline.dedup import PRINT_BYTES
 from data_pipeline.encode import Encoder
 from data_pipeline.holdout import holdout_cut
 from data_pipeline.listing import Listing, list_input
 from data_pipeline.manifest import (
+    CLEANED_VERSION,
     FORMAT_VERSION,
     MANIFEST_NAME,
     SPLITS,
@@ -34,7 +38,18 @@ from data_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
-from data_pipeline.survey import Sampled, Survey, Surveyor, WorkItem, merge, plan_items, training_texts, trim
+from data_pipeline.survey import (
+    Sampled,
+    Survey,
+    Surveyor,
+    WorkItem,
+    mark_repeated,
+    merge,
+    plan_items,
+    take_out_repeated,
+    training_texts,
+    trim,
+)
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moe_dist.config import Config
 from moe_dist.errors import DataError
@@ -120,7 +135,7 @@ def check_rows(manifest: Manifest, sequence_length: int) -> None:
 
 
 def _created_from(config: Config) -> dict[str, Any]:
-    """The configuration that decides the bytes of a build."""
+    """The configuration that decides the bytes of a build. Cleaning that is off leaves no trace: names stay."""
     data = config.data
     given = None
     if data.tokenizer.path is not None:
@@ -134,6 +149,8 @@ def _created_from(config: Config) -> dict[str, Any]:
         "data.tokenizer.sha256": given,
         "data.tokenizer.train_bytes": data.tokenizer.train_bytes if given is None else None,
         "model.vocab_size": config.model.vocab_size,
+        **Cleaner(data.clean).created_from,
+        **({"data.dedup.exact": True} if data.dedup.exact else {}),
     }
 
 
@@ -143,11 +160,13 @@ class _Build:
     def __init__(self, config: Config, listing: Listing, use_ray: bool, progress: Progress) -> None:
         self.config, self.data, self.listing = config, config.data, listing
         self.use_ray, self.progress = use_ray, progress
+        self.cleaner = Cleaner(config.data.clean)
 
-    def survey(self, items: list[WorkItem]) -> Survey:
-        """First pass; finds what is unreadable before any work is spent."""
+    def survey(self, items: list[WorkItem]) -> tuple[Survey, list[WorkItem]]:
+        """First pass; finds what is unreadable before any work is spent. Returns the items of the second pass too."""
         wanted = 0 if self.data.tokenizer.path else self.data.tokenizer.train_bytes
-        surveyor = Surveyor(self.data.text_field, self._skips, wanted, self.listing.size_bytes)
+        total_bytes, finds = self.listing.size_bytes, self.data.dedup.exact
+        surveyor = Surveyor(self.data.text_field, self._skips, wanted, total_bytes, self.cleaner, finds)
         parts: dict[int, Survey] = {}
         sample: list[Sampled] = []
         for index, part in self.run("read text", surveyor, items):
@@ -156,7 +175,10 @@ class _Build:
             parts[index] = part
         found = merge(parts[index] for index in sorted(parts))
         found.sample = sample
-        return found
+        if finds:
+            numbers = [len(parts[index].prints) // PRINT_BYTES for index in sorted(parts)]
+            items = mark_repeated(items, numbers, take_out_repeated(found))
+        return found, [replace(i, files=tuple(f for f in i.files if f.id not in found.damaged)) for i in items]
 
     def tokenizer(self, found: Survey, cut: int) -> Tokenizer:
         """The given tokenizer, or one trained on the sample's training documents."""
@@ -172,7 +194,8 @@ class _Build:
     def encoder(self, folder: Path, cut: int) -> Encoder:
         """The second pass's work on one item."""
         data = self.data
-        return Encoder(folder, data.text_field, self._skips, cut, data.shard_bytes, self.config.model.vocab_size)
+        vocab_size = self.config.model.vocab_size
+        return Encoder(folder, data.text_field, self._skips, cut, data.shard_bytes, vocab_size, self.cleaner)
 
     def run(self, stage: str, work: Callable[[WorkItem], Any], items: list[WorkItem]) -> Iterator[tuple[int, Any]]:
         """Does the work on every item; yields (index of the item, result) as they are done."""
@@ -202,19 +225,18 @@ def _build_beside(run: _Build, folder: Path, created_from: dict[str, Any]) -> No
 
 def _write(run: _Build, folder: Path, name: str, created_from: dict[str, Any]) -> None:
     """Writes a whole build into a private folder, the manifest last."""
-    items = plan_items(run.listing.files, run.data.shard_bytes)
-    found = run.survey(items)
+    found, items = run.survey(plan_items(run.listing.files, run.data.shard_bytes))
     _check_documents(run, found)
     cut = holdout_cut(run.data.holdout_fraction, found.lowest_hash)
     tokenizer = run.tokenizer(found, cut)
     tokenizer.save(folder / TOKENIZER_NAME)
     found.sample.clear()
-    whole = [WorkItem(i.index, tuple(f for f in i.files if f.id not in found.damaged)) for i in items]
-    rows = dict(run.run("write shards", run.encoder(folder, cut), whole))
+    rows = dict(run.run("write shards", run.encoder(folder, cut), items))
     for leftover in folder.glob(".*"):
         leftover.unlink()
+    cleaned = run.cleaner.is_on or run.data.dedup.exact
     manifest = Manifest(
-        version=FORMAT_VERSION,
+        version=CLEANED_VERSION if cleaned else FORMAT_VERSION,
         fingerprint=name,
         created_from={"data.input": run.data.input, **created_from},
         tokenizer_sha256=tokenizer.sha256,
@@ -224,6 +246,7 @@ def _write(run: _Build, folder: Path, name: str, created_from: dict[str, Any]) -
         empty_documents=found.empty,
         skipped=tuple(found.skipped),
         ignored_endings=run.listing.ignored_endings,
+        cleaning=found.tally.tree() if cleaned else None,
     )
     write_manifest(folder, manifest)
 
@@ -231,7 +254,9 @@ def _write(run: _Build, folder: Path, name: str, created_from: dict[str, Any]) -
 def _check_documents(run: _Build, found: Survey) -> None:
     if found.documents >= 2:
         return
+    removed = sum(found.tally.removed.values())
     more = f", {found.empty} empty ones and {len(found.skipped)} unreadable ones"
+    more += f"; {removed} were removed by data.clean or data.dedup" if removed else ""
     raise DataError(
         f"data.input={run.data.input}",
         f"{found.documents} documents with text{more}",

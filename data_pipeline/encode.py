@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.clean import Cleaner
 from data_pipeline.documents import Document, read_documents
 from data_pipeline.holdout import split_hash
 from data_pipeline.manifest import TOKENIZER_NAME, Shard
 from data_pipeline.shards import ShardWriter
 from data_pipeline.survey import WorkItem
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from moe_dist.errors import DataError
 
 _BATCH_BYTES = 2**20  # text that is encoded at once
 
@@ -31,6 +33,7 @@ class Encoder:
         cut: Documents whose `split_hash` is below it are held out.
         shard_bytes: A shard is closed when it holds this much text.
         vocab_size: `model.vocab_size`.
+        cleaner: Cleans each document, as it did in the survey.
     """
 
     folder: Path
@@ -39,6 +42,7 @@ class Encoder:
     cut: int
     shard_bytes: int
     vocab_size: int
+    cleaner: Cleaner = field(default_factory=Cleaner)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -62,11 +66,30 @@ class Encoder:
             raise
 
     def _documents(self, item: WorkItem) -> Iterator[Document]:
+        """Documents that are no copies of an earlier one."""
+        if item.repeated is None:
+            yield from self._cleaned(item)
+            return
+        number = 0
+        for document in self._cleaned(item):
+            if number < len(item.repeated) and not item.repeated[number]:
+                yield document
+            number += 1
+        if number != len(item.repeated):
+            raise DataError(
+                item.files[0].id if item.files else f"item {item.index}",
+                f"{number} documents where the first pass had {len(item.repeated)}",
+                "the input does not change while it is built",
+                "build again when nothing writes to data.input",
+            )
+
+    def _cleaned(self, item: WorkItem) -> Iterator[Document]:
         for file in item.files:
             for document in read_documents(file, self.text_field):
                 if isinstance(document, Document):
-                    if document.text:
-                        yield document
+                    kept = self.cleaner(document).document if document.text else None
+                    if kept is not None:
+                        yield kept
                 elif not self.skip_unreadable:
                     raise document
 

@@ -15,6 +15,7 @@ from moe_dist.errors import DataError
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
+CLEANED_VERSION = 2  # of a build whose text was cleaned: its manifest has `cleaning`
 SPLITS = ("train", "heldout")
 
 
@@ -46,7 +47,7 @@ class Manifest:
     """A build.
 
     Attributes:
-        version: Version of the format.
+        version: Version of the format: `FORMAT_VERSION`, or `CLEANED_VERSION`.
         fingerprint: Hash of the input's listing and of the configuration that matters; names the folder.
         created_from: Those configuration values.
         tokenizer_sha256: Hash of the build's tokenizer.json.
@@ -56,6 +57,7 @@ class Manifest:
         empty_documents: Documents without a character, left out.
         skipped: (id, reason) of files and records left out because they could not be read.
         ignored_endings: Files of the input folder that were not read, by ending.
+        cleaning: What cleaning and de-duplication changed and removed, as `Tally.tree` gives it; None without them.
     """
 
     version: int
@@ -68,6 +70,7 @@ class Manifest:
     empty_documents: int
     skipped: tuple[tuple[str, str], ...]
     ignored_endings: dict[str, int]
+    cleaning: dict[str, Any] | None = None
 
     def num_tokens(self, split: str) -> int:
         """Tokens of a split."""
@@ -77,6 +80,8 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, with a hash of itself, under a temporary name and renames it."""
     tree = dataclasses.asdict(manifest)
+    if manifest.version == FORMAT_VERSION:
+        del tree["cleaning"]
     tree["manifest_sha256"] = _self_hash(tree)
     temporary = folder / f".{MANIFEST_NAME}.{os.getpid()}"
     with open(temporary, "w", encoding="utf-8") as file:
@@ -103,8 +108,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(str(folder), "no manifest.json", "a build has a manifest", "build the data again") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(str(path), error, "the manifest is whole", fix) from None
-    if version != FORMAT_VERSION:
-        raise DataError(str(path), f"version {version}", f"this program reads version {FORMAT_VERSION}", fix)
+    if version not in (FORMAT_VERSION, CLEANED_VERSION):
+        rule = f"this program reads versions {FORMAT_VERSION} and {CLEANED_VERSION}"
+        raise DataError(str(path), f"version {version}", rule, fix)
     if stored != _self_hash(tree):
         raise DataError(str(path), "contents do not match manifest_sha256", "the manifest is unchanged", fix)
     tree["splits"] = {name: tuple(Shard(**row) for row in rows) for name, rows in tree["splits"].items()}

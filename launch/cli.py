@@ -172,7 +172,15 @@ def data_build(
                 build_dir = _build(checked, True, display)
         else:
             build_dir = _build(checked, False, display)
-    _answer(as_json, {"build_dir": str(build_dir)}, f"shards are in {build_dir}")
+    from rich.console import Console
+
+    from data_pipeline.manifest import read_manifest
+    from launch.cleaning_table import print_cleaning
+
+    cleaning = read_manifest(build_dir).cleaning
+    if cleaning is not None:
+        print_cleaning(cleaning, Console(file=sys.stderr if as_json else sys.stdout))
+    _answer(as_json, {"build_dir": str(build_dir), "cleaning": cleaning}, f"shards are in {build_dir}")
 
 
 data_app.command("inspect")(data_commands.inspect)

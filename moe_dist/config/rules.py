@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 
-from moe_dist.config.schema import Config, MoEConfig
+from moe_dist.config.schema import QUALITY_RULES, Config, MoEConfig
 from moe_dist.errors import ConfigError
 
 
@@ -21,12 +22,25 @@ def check_rules(config: Config) -> None:
 
 def broken_rules(config: Config) -> Iterator[ConfigError]:
     """Yields every broken rule, in the order of the tree."""
+    yield from _data_rules(config)
     yield from _model_rules(config)
     yield from _moe_rules(config)
     yield from _expert_rules(config)
     yield from _parallel_rules(config)
     yield from _precision_rules(config)
     yield from _ledger_rules(config)
+
+
+def _data_rules(config: Config) -> Iterator[ConfigError]:
+    for name in config.data.clean.rules:
+        if name not in QUALITY_RULES:
+            nearest = difflib.get_close_matches(name, QUALITY_RULES, n=1, cutoff=0.0)[0]
+            yield ConfigError(
+                "data.clean.rules",
+                name,
+                f"a quality rule is one of {', '.join(QUALITY_RULES)}",
+                f"data.clean.rules=[{nearest}]",
+            )
 
 
 def _model_rules(config: Config) -> Iterator[ConfigError]:

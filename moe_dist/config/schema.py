@@ -35,6 +35,35 @@ class TokenizerConfig(Section):
     train_bytes: int = key(16_000_000, "The tokenizer is trained on at most this much text.", "bytes", ge=1_000)
 
 
+QUALITY_RULES = (
+    ("c4_citations", "c4_javascript", "c4_policy_lines", "c4_terminal_punctuation", "c4_line_words")
+    + ("c4_lorem_ipsum", "c4_curly_bracket", "c4_sentences")
+    + ("gopher_word_count", "gopher_mean_word_length", "gopher_symbols", "gopher_bullet_lines")
+    + ("gopher_ellipsis_lines", "gopher_alphabetic_words", "gopher_stop_words")
+    + ("gopher_duplicate_lines", "gopher_duplicate_paragraphs", "gopher_duplicate_line_characters")
+    + ("gopher_duplicate_paragraph_characters", "gopher_top_ngrams", "gopher_duplicate_ngrams")
+)
+
+
+class CleanConfig(Section):
+    normalize: Literal["none", "NFC", "NFKC"] = key("none", "Unicode normal form that text is brought to first.")
+    mask: tuple[Literal["email", "ip"], ...] = key(
+        (), "Personal data that a placeholder replaces: `email` addresses, `ip` addresses.", strict=False
+    )
+    languages: tuple[Literal["en", "zh", "other"], ...] = key(
+        (),
+        "Only documents guessed to be in one of these languages (`en`, `zh`, `other`) stay; empty keeps all.",
+        strict=False,
+    )
+    rules: tuple[str, ...] = key(
+        (), "Quality rules that documents must pass, in any order: " + ", ".join(QUALITY_RULES) + ".", strict=False
+    )
+
+
+class DedupConfig(Section):
+    exact: bool = key(False, "Of documents with the same text (after `data.clean`), only the first of the input stays.")
+
+
 class DataConfig(Section):
     input: str = key(
         "python-library",
@@ -56,6 +85,8 @@ class DataConfig(Section):
     holdout_fraction: float = key(
         0.03, "Share of documents, chosen by a hash of their path, kept for evaluation.", "fraction", gt=0, lt=0.5
     )
+    clean: CleanConfig = section(CleanConfig, "What is changed in documents, and which are left out.")
+    dedup: DedupConfig = section(DedupConfig, "Which copies of the same text are left out.")
     shard_bytes: int = key(2_000_000, "Text that goes into one shard.", "bytes", ge=10_000)
     sequence_length_tokens: int = key(256, "Length of a training row.", "tokens", ge=2)
     tokenizer: TokenizerConfig = section(TokenizerConfig, "The tokenizer.")

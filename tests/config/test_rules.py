@@ -28,6 +28,10 @@ def hashed(**changed: object) -> dict:
 # The broken keys, then what the error must say: key, value, a part of the rule, and the whole fix.
 BROKEN = [
     (
+        {"data": {"clean": {"rules": ["gopher_stop_words", "gopher_symbol"]}}},
+        ("data.clean.rules", "gopher_symbol", "c4_javascript", "data.clean.rules=[gopher_symbols]"),
+    ),
+    (
         {"model": {"moe": {"backend": "grouped", "expert_width": 13}}},
         ("model.moe.expert_width", 13, "whole 16 bytes", "model.moe.expert_width=16, or model.moe.backend=auto"),
     ),

@@ -271,3 +271,114 @@ def test_build_into_a_place_that_is_no_folder_is_a_named_error(texts: Path, tmp_
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match=r"data\.dir"):
         build(configure(texts, tmp_path / "file"), use_ray=False)
+
+
+ALL_CLEANING: dict[str, Any] = {
+    "clean": {
+        "normalize": "NFC",
+        "mask": ["email", "ip"],
+        "languages": ["en", "zh"],
+        "rules": ["c4_citations", "c4_javascript", "c4_curly_bracket", "gopher_word_count", "gopher_stop_words"],
+    },
+    "dedup": {"exact": True},
+}
+SENTENCE = "It is said of the old bridge that a bishop paid for it, and that he was never thanked by the town. "
+CHINESE_SENTENCE = "春天的时候，河水从山上流下来，淹没了低处的田地。农民们早就习惯了这样的事情。"
+
+
+def _dirty(folder: Path) -> Path:
+    """Documents that each step changes or removes, with copies in files of every kind."""
+    (folder / "web").mkdir(parents=True)
+    (folder / "books").mkdir()
+    for i in range(40):
+        (folder / "books" / f"{i:02d}.txt").write_text(f"Chapter {i % 30} of the book. " + SENTENCE * 8)
+    texts = [f"Chapter {i} of the book. " + SENTENCE * 8 for i in range(20)]
+    texts += [f"Mail number {i}@example.org or 10.0.0.{i}. cafe\u0301[{i}] " + SENTENCE * 5 for i in range(20)]
+    texts += ["{ " + SENTENCE * 8, "short", "Der Hund und die Katze gehen durch den Wald. " * 9, CHINESE_SENTENCE * 4]
+    texts += ["Enable JavaScript.\n", CHINESE_SENTENCE * 4]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "web" / "a.jsonl").write_text("\n".join(["{bad", *lines]))
+    pq.write_table(pa.table({"text": texts}), folder / "web" / "b.parquet")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _dirty(tmp_path_factory.mktemp("dirty") / "in")
+
+
+def test_cleaned_build_holds_each_cleaned_text_once_and_counts_what_it_left_out(dirty: Path, tmp_path: Path) -> None:
+    folder = build(configure(dirty, tmp_path, unreadable="skip", **ALL_CLEANING), use_ray=False)
+    chapters = [f"Chapter {i} of the book. " + SENTENCE * 8 for i in range(30)]
+    mails = ["Mail number <EMAIL_ADDRESS> or <IP_ADDRESS>. café " + SENTENCE * 5]
+    found = sorted(_documents(folder, "train") + _documents(folder, "heldout"))
+    assert found == sorted([*chapters, *mails, CHINESE_SENTENCE * 4])
+    manifest = read_manifest(folder)
+    assert manifest.version == 2
+    assert manifest.cleaning == {
+        "documents": {"books": 40, "web": 92},
+        "kept": {"books": 30, "web": 2},
+        "changed": {
+            step: {"web": count}
+            for step, count in (("NFC", 40), ("c4_citations", 40), ("c4_javascript", 2))
+            + (("mask_email", 40), ("mask_ip", 40))
+        },
+        "removed": {
+            "c4_curly_bracket": {"web": 2},
+            "exact_duplicate": {"books": 10, "web": 40 + 39 + 3},
+            "language": {"web": 2 + 2},
+            "no_text_left": {"web": 2},
+        },
+    }
+    assert sum(shard.documents for split in SPLITS for shard in manifest.splits[split]) == 32
+
+
+def test_cleaned_build_is_the_same_on_ray_and_for_any_cut_of_the_work(
+    dirty: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    settings = {"unreadable": "skip", **ALL_CLEANING}
+    plain = build(configure(dirty, tmp_path / "plain", **settings), use_ray=False)
+    on_ray = build(configure(dirty, tmp_path / "ray", **settings), use_ray=True)
+    assert _hashes(on_ray) == _hashes(plain)
+    other_cut = build(configure(dirty, tmp_path / "cut", shard_bytes=10_000_000, **settings), use_ray=False)
+    for split in SPLITS:
+        assert _documents(other_cut, split) == _documents(plain, split)
+    assert read_manifest(other_cut).cleaning == read_manifest(plain).cleaning
+
+
+def test_cleaning_that_is_off_leaves_name_and_version_and_each_setting_has_its_own_name(
+    dirty: Path, tmp_path: Path
+) -> None:
+    skip = {"unreadable": "skip"}
+    off = build(configure(dirty, tmp_path, **skip, clean={}, dedup={"exact": False}), False)
+    assert read_manifest(off).version == 1
+    assert "clean" not in (off / "manifest.json").read_text()
+    names = {off.name, build(configure(dirty, tmp_path, **skip), False).name}
+    assert len(names) == 1
+    for settings in (
+        {"dedup": {"exact": True}},
+        {"clean": {"normalize": "NFC"}},
+        {"clean": {"mask": ["ip"]}},
+        {"clean": {"languages": ["en"]}},
+        {"clean": {"rules": ["c4_citations"]}},
+    ):
+        names.add(build(configure(dirty, tmp_path, **skip, **settings), False).name)
+    assert len(names) == 6
+
+
+def test_first_copy_stays_even_where_only_a_later_one_would_be_held_out(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(30):
+        (tmp_path / "in" / f"{i:02d}.txt").write_text(f"text {i // 2} with some words in it\n" * 10)
+    folder = build(configure(tmp_path / "in", tmp_path / "out", dedup={"exact": True}), use_ray=False)
+    first = [f"{i:02d}.txt" for i in range(0, 30, 2)]
+    cut = max(int(0.03 * 2**64), min(map(split_hash, first)) + 1)
+    for split in SPLITS:
+        names = [name for name in first if (split_hash(name) < cut) == (split == "heldout")]
+        assert _documents(folder, split) == [(tmp_path / "in" / name).read_text() for name in names]
+
+
+def test_cleaning_that_leaves_nothing_says_so(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"60 were removed by data\.clean or data\.dedup"):
+        build(configure(texts, tmp_path, clean={"languages": ["zh"]}), use_ray=False)

@@ -152,3 +152,21 @@ def test_simulate_impossible_layout_is_refused_before_the_data_is_built(config_p
     assert done.returncode == 2
     assert "parallel.expert=2" in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_data_build_with_cleaning_shows_what_it_did_and_gives_it_as_json(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "notes").mkdir(parents=True)
+    for i in range(40):
+        (tmp_path / "in" / "notes" / f"{i:02d}.txt").write_text(f"Note {i // 2}, written by a{i // 2}@b.org.\n" * 20)
+    command = ["data", "build", str(config_path), f"data.input={tmp_path / 'in'}", f"data.dir={tmp_path / 'data'}"]
+    command += ["data.dedup.exact=true", "data.clean.mask=[email]", "data.sequence_length_tokens=32", "--no-ray"]
+    done = moe_dist(*command)
+    assert done.returncode == 0, done.stderr
+    assert "cleaning kept 20 of 40 documents" in done.stdout
+    assert re.search(r"exact_duplicate .* 20 ", done.stdout)
+    assert re.search(r"notes .* 40 .* 20 .* exact_duplicate 20", done.stdout)
+    as_json = moe_dist(*command, "--json")
+    assert "cleaning kept" in as_json.stderr
+    cleaning = json.loads(as_json.stdout)["cleaning"]
+    assert cleaning["changed"] == {"mask_email": {"notes": 40}}
+    assert cleaning["removed"] == {"exact_duplicate": {"notes": 20}}
