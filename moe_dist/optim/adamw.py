@@ -12,12 +12,13 @@ from moe_dist.config.schema import OptimizerConfig
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW; norms (vectors) and the embedding are not decayed. Source: Loshchilov and Hutter 2019."""
-    groups: dict[tuple[float, Any], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        decay = config.weight_decay if parameter.ndim >= 2 and not name.startswith("embedding.") else 0.0
+        spared = parameter.ndim < 2 or name.startswith("embedding.")
         # One fused operation cannot mix parameters that are shared out over different ranks.
-        groups.setdefault((decay, getattr(parameter, "device_mesh", None)), []).append(parameter)
-    asked = [{"params": parameters, "weight_decay": decay} for (decay, _), parameters in groups.items()]
+        groups.setdefault((spared, getattr(parameter, "device_mesh", None)), []).append(parameter)
+    decayed_first = sorted(groups.items(), key=lambda group: group[0][0])
+    asked = [{"params": p, "weight_decay": 0.0 if spared else config.weight_decay} for (spared, _), p in decayed_first]
     return torch.optim.AdamW(asked, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
