@@ -46,7 +46,7 @@ def verify(
         bool,
         typer.Option(
             "--full/--quick",
-            help="All layouts with all options, or so few that every pair of choices meets (a minute or two).",
+            help="All layouts with all options, or so few that every pair of choices meets (minutes).",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")] = False,
@@ -54,9 +54,9 @@ def verify(
     """Prove that every layout trains the same model: the config, shrunk, on many layouts against one process.
 
     Each cell is one training step in fp64: a layout (data, tensor, expert parallel), dispatcher, cut into
-    micro-batches, capacity, balance scope, kind of recompute. Routing, loss terms, gradients, their norm and updated
-    weights must equal those of one process to 1e-10. Exit code 0: all equal; 1: a cell differs, with the first tensor
-    that does and what that suggests (docs/numerics.md); 2: wrong input. No data, GPU or Ray is needed.
+    micro-batches, capacity, balance scope, kind of recompute, parallel.data. Routing, loss terms, gradients, their
+    norm and updated weights must equal those of one process to 1e-10. Exit code 0: all equal; 1: a cell differs, with
+    the first tensor that does and what that suggests (docs/numerics.md); 2: wrong input. No data, GPU or Ray is needed.
 
     Example: moe-dist verify configs/demo.yaml --ranks 4
     """
