@@ -26,7 +26,8 @@ def describe_build(folder: Path, samples: int) -> dict[str, Any]:
 
     Returns:
         `build_dir`, `fingerprint`, `created_from`, `tokenizer`, `splits`, `empty_documents`, `skipped` (each with
-        `where` and `reason`), `ignored_endings` and `samples` (each with `split`, `position` and `text`).
+        `where` and `reason`), `ignored_endings`, `cleaning` (None without it) and `samples` (each with `split`,
+        `position` and `text`).
 
     Raises:
         DataError: The folder is no build, or what a sample needs is damaged.
@@ -46,6 +47,7 @@ def describe_build(folder: Path, samples: int) -> dict[str, Any]:
         "empty_documents": manifest.empty_documents,
         "skipped": [{"where": where, "reason": reason} for where, reason in manifest.skipped],
         "ignored_endings": manifest.ignored_endings,
+        "cleaning": manifest.cleaning,
         "samples": [sample for split in SPLITS for sample in _samples(folder, split, samples)] if samples else [],
     }
 

@@ -95,6 +95,8 @@ def _print_build(found: Mapping[str, Any], console: Console) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
+    from launch.cleaning_table import print_cleaning
+
     console.print(_split_table(found["splits"]))
     for name, value in _facts(found):
         console.print(Text.assemble((f"{name:<16}", "bold"), _printable(value)), soft_wrap=True)
@@ -102,6 +104,8 @@ def _print_build(found: Mapping[str, Any], console: Console) -> None:
         console.print(Text(_printable(f"  {row['where']}: {row['reason']}")), soft_wrap=True)
     if len(found["skipped"]) > _SKIPPED_SHOWN:
         console.print(f"  and {len(found['skipped']) - _SKIPPED_SHOWN} more, which --json lists")
+    if found["cleaning"] is not None:
+        print_cleaning(found["cleaning"], console)
     for sample in found["samples"]:
         title = f"{sample['split']}, from token {sample['position']:,}"
         console.print(Panel(Text(_printable(sample["text"])), title=title, title_align="left"))
