@@ -313,6 +313,13 @@ def _parallel_rules(config: Config) -> Iterator[ConfigError]:
             f"only the two-level dispatcher knows nodes; parallel.dispatch is {parallel.dispatch}",
             "parallel.ranks_per_node=null, or parallel.dispatch=two_level",
         )
+    if parallel.data_shard is not None and parallel.data != "fsdp":
+        yield ConfigError(
+            "parallel.data_shard",
+            parallel.data_shard,
+            f"only fsdp shares parameters out; parallel.data is {parallel.data}",
+            "parallel.data_shard=null, or parallel.data=fsdp",
+        )
     if parallel.dispatch == "deepep" and parallel.overlap_chunks > 1:
         yield ConfigError(
             "parallel.overlap_chunks",

@@ -192,6 +192,15 @@ BROKEN = [
         ),
     ),
     (
+        {"parallel": {"data": "zero1", "data_shard": 2}},
+        (
+            "parallel.data_shard",
+            2,
+            "parallel.data is zero1",
+            "parallel.data_shard=null, or parallel.data=fsdp",
+        ),
+    ),
+    (
         {"parallel": {"ranks_per_node": 2}},
         (
             "parallel.ranks_per_node",
