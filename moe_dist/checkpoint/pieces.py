@@ -8,14 +8,12 @@ model/blocks.0.feed_forward.router.selection_bias                               
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from moe_dist.config import ModelConfig
-from moe_dist.model.naming import GlobalTensor, global_buffers, global_tensors
+from moe_dist.model.naming import GlobalTensor, global_buffers, global_tensors, pieces_by_parameter
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.fsdp import whole
 from moe_dist.parallel.mesh import Mesh
@@ -39,12 +37,12 @@ def parameters_here(
 ) -> Iterator[tuple[list[GlobalTensor], dict[str, Tensor]]]:
     """Every parameter held by this rank: its pieces, its weight and, where their state is here, its moments by kind."""
     state = {parameter: held for holder in state_holders(optimizer) for parameter, held in holder.state.items()}
-    for path, pieces in groupby(global_tensors(model), attrgetter("parameter")):
+    for path, pieces in pieces_by_parameter(model):
         parameter = model.get_parameter(path)
         tensors = {"model": parameter.detach()}
         if parameter in state:
             tensors |= {moment: state[parameter][moment] for moment in MOMENTS}
-        yield list(pieces), tensors
+        yield pieces, tensors
 
 
 def pieces_here(

@@ -16,14 +16,12 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import groupby
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from moe_dist.config import ModelConfig
-from moe_dist.model.naming import global_buffers, global_tensors
+from moe_dist.model.naming import global_buffers, pieces_by_parameter
 from moe_dist.model.transformer import Transformer
 
 
@@ -48,7 +46,7 @@ def initialise(
     model.to_empty(device=device)
     model.to(dtype)
     with torch.no_grad():
-        for path, pieces in groupby(global_tensors(model), attrgetter("parameter")):
+        for path, pieces in pieces_by_parameter(model):
             with filling(model.get_parameter(path)) as parameter:
                 for piece in pieces:
                     target = piece.of(parameter)

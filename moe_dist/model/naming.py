@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +91,12 @@ def global_tensors(model: nn.Module) -> Iterator[GlobalTensor]:
             continue
         for index, expert in enumerate(stacked[path]):
             yield GlobalTensor(f"{path}#{expert}", path, index, cut)
+
+
+def pieces_by_parameter(model: nn.Module) -> Iterator[tuple[str, list[GlobalTensor]]]:
+    """Every parameter that holds pieces here, by its path, with them."""
+    for path, pieces in groupby(global_tensors(model), attrgetter("parameter")):
+        yield path, list(pieces)
 
 
 def cut_of(model: nn.Module, path: str) -> Cut | None:

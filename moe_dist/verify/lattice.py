@@ -106,7 +106,8 @@ def cells_of(config: Config, ranks: int, full: bool) -> list[Cell]:
     legal = [placed for cell in firsts if (placed := _placed(config, cell))]  # whatever its batch
     cells = [replace(cell, batch=batch) for cell in legal for batch in _batches(cell.layout.data, ranks)]
     few = _covering(cells)
-    return [cell for cell in cells if cell.keeping == "replicate" or cell in few] if full else few
+    kept = set(few)
+    return [cell for cell in cells if cell.keeping == "replicate" or cell in kept] if full else few
 
 
 def config_of(config: Config, cell: Cell) -> Config:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.model.init import initialise
-from moe_dist.model.naming import global_buffers, global_tensors
+from moe_dist.model.naming import global_buffers, global_tensors, pieces_by_parameter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.ledger import Choices, join
 from moe_dist.moe.randomness import Draw
@@ -117,7 +116,7 @@ def oracle_step(config: Config, rows: Tensor, cut: Sequence[Pieces] | None = Non
     before = {p.name: p.of(model.get_parameter(p.parameter).detach()) for p in held}
     weights = {p.name: before[p.name] - scale * p.of(grads[p.parameter]) for p in held}
     return StepProof(
-        first_weights={p.name: p.of(model.get_parameter(p.parameter).detach()) for p in held},
+        first_weights=before,
         counts=counts,
         choices=[[join(parts)] for parts in zip(*chosen, strict=True)],
         scalars=scalars | {"loss": float(loss.detach()), "grad_norm": norm},
@@ -224,7 +223,7 @@ def _whole_weights(trainee: Trainee) -> dict[str, Tensor]:
 def _whole_pieces(trainee: Trainee, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Something of every parameter, by global name and put together from all that share it; entered by all ranks."""
     found = {}
-    for path, pieces in groupby(global_tensors(trainee.model), attrgetter("parameter")):
+    for path, pieces in pieces_by_parameter(trainee.model):
         value = whole(of(trainee.model.get_parameter(path)))
         for piece in pieces:
             found[piece.name] = gather_cut(piece, piece.of(value), trainee.mesh).clone()

@@ -12,7 +12,6 @@ from that of the whole global batch; `gradient` that of the routers' gradient fr
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor
 from moe_dist.config import Config, load_config
 from moe_dist.objectives.language_modelling import LossSums
 from moe_dist.train.step import train_step
+from tests.benchmarks.options import parser_of
 from tests.support.gang import run_gang
 from tests.support.parallel_step import candidate_step, parallel_trainee
 
@@ -106,10 +106,7 @@ def of_rank(rank: int, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measures, prints a table and, with --json, one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     rows = run_gang(of_rank, RANKS, 3 if options.quick else 9, timeout_seconds=900)[0]
     table = Table(*rows[0], title=f"balance terms, {RANKS} ranks, micro-batches of {MICRO} rows")
     for row in rows:

@@ -12,7 +12,6 @@ share, share_quartiles, own_milliseconds, weights_milliseconds}]}.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -31,6 +30,7 @@ from moe_dist.config import Config, load_config
 from moe_dist.train.checks import Witness, check_weights
 from moe_dist.train.step import Trainee, train_step
 from tests.benchmarks.allocator import restart_with_kept_blocks
+from tests.benchmarks.options import parser_of
 from tests.benchmarks.train_step import clocked
 from tests.support.one_rank import one_rank
 from tests.support.parallel_step import parallel_trainee
@@ -87,10 +87,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints a table and, with --json, one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     restart_with_kept_blocks()
     with one_rank():
         row = measure(8 if options.quick else 40)

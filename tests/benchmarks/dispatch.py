@@ -15,7 +15,6 @@ milliseconds_with_experts}]}.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -36,6 +35,7 @@ from moe_dist.parallel.expert import build_dispatcher
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Groups, build_mesh
 from moe_dist.parallel.wire import expected_share_of_plain
+from tests.benchmarks.options import parser_of
 from tests.support.gang import run_gang
 from tests.support.wire import Wire
 
@@ -145,10 +145,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> int:
     """Measures, prints a table and, with --json, one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     console = Console(file=sys.stderr if options.json else sys.stdout)
     rows = []
     for ranks in RANKS:

@@ -12,7 +12,6 @@ the gradients, 74 MB, are in it. `--json` ends with one object:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -31,6 +30,7 @@ from torch import Tensor
 from moe_dist.model.vocabulary import WholeVocabulary
 from moe_dist.objectives.cross_entropy import summed_nats
 from tests.benchmarks.allocator import GIVE_BACK, restart_with_kept_blocks
+from tests.benchmarks.options import parser_of
 from tests.benchmarks.peak_memory import can_measure, high_water
 
 TOKENS, WIDTH, VOCABULARY, THREADS = 4096, 512, 32_000, 2
@@ -123,9 +123,7 @@ def measure(rounds: int, bf16: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measures, prints a table and, with --json, one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    parser = parser_of(__doc__)
     parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
     parser.add_argument("--peak", choices=WAYS, help="print one peak in megabytes alone")
     options = parser.parse_args()

@@ -17,7 +17,6 @@ with `pip install --no-deps -r tests/benchmarks/peers.txt`. `--json` ends with o
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from tests.benchmarks import peak_memory, peers
 from tests.benchmarks.allocator import restart_with_kept_blocks
+from tests.benchmarks.options import parser_of
 from tests.benchmarks.peers import IMPLEMENTATIONS, SHAPES, Shape
 
 
@@ -106,9 +106,7 @@ def memory_verdict(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints two tables and, with --json, one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, help="these implementations, and the dense one")
     parser.add_argument("--tokens", type=int, default=2048, help="a multiple of 64")
     options = parser.parse_args(arguments)

@@ -11,7 +11,6 @@ passes in one process, in which the kinds take turns. `--json` ends with one obj
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -30,6 +29,7 @@ from moe_dist.moe.randomness import Draw
 from moe_dist.objectives.language_modelling import language_modelling_sums
 from moe_dist.train.step import Trainee
 from tests.benchmarks.allocator import GIVE_BACK, restart_with_kept_blocks
+from tests.benchmarks.options import parser_of
 from tests.benchmarks.peak_memory import can_measure, high_water
 from tests.support.one_rank import one_rank
 from tests.support.parallel_step import parallel_trainee
@@ -103,9 +103,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measures, prints a table and, with --json, one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    parser = parser_of(__doc__)
     parser.add_argument("--peak", nargs=2, metavar=("LAYERS", "KIND"), help="print one peak in megabytes alone")
     options = parser.parse_args()
     if options.peak:

@@ -14,7 +14,6 @@ milliseconds, tokens_per_second, mfu, share_of_dense}], "ours_over_best_peer", "
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -41,6 +40,7 @@ from moe_dist.train import step as step_module
 from moe_dist.train.step import train_step
 from tests.benchmarks import peers
 from tests.benchmarks.allocator import restart_with_kept_blocks
+from tests.benchmarks.options import parser_of
 from tests.support.gang import run_gang
 from tests.support.models import plain_model
 from tests.support.one_rank import one_rank
@@ -237,10 +237,7 @@ def seconds_of_rank(rank: int, ranks: int, rounds: int) -> float:
 
 def main() -> None:
     """Measures, prints tables and, with --json, one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     restart_with_kept_blocks()
     rounds = 5 if options.quick else 15
     left_out = peers.missing([name for name in IMPLEMENTATIONS if name in peers.IMPLEMENTATIONS])

@@ -26,6 +26,10 @@ def _lines(number: int) -> bytes:
     return b"".join(json.dumps({"text": f"record {i} {i * 7919 % 1000}"}).encode() + b"\n" for i in range(number))
 
 
+def _zst(data: bytes, **options: bool) -> bytes:
+    return zstandard.ZstdCompressor(**options).compress(data)
+
+
 def _texts(file: InputFile) -> list[str]:
     found = list(read_documents(file, "text"))
     assert all(isinstance(document, Document) for document in found), found
@@ -48,31 +52,43 @@ def test_gz_of_many_steps_of_output_is_read_whole(input_file: Write) -> None:
     assert _texts(input_file("a.jsonl.gz", data)) == texts
 
 
-def test_gz_cut_anywhere_is_an_error_and_never_short(input_file: Write) -> None:
-    first = gzip.compress(_lines(150), mtime=0)
-    data = first + gzip.compress(_lines(150), mtime=0)
+COMPRESSED = {
+    # ending: (how to compress, what the file is made of, bytes of the header that carry no text)
+    "gz": (lambda data: gzip.compress(data, mtime=0), "whole gzip members", 7),  # time and kind of system
+    "zst": (lambda data: _zst(data, write_checksum=True), "whole zstd frames", 0),
+}
+
+
+@pytest.mark.parametrize("ending", COMPRESSED)
+def test_compressed_file_cut_anywhere_is_an_error_and_never_short(input_file: Write, ending: str) -> None:
+    compress, parts, _ = COMPRESSED[ending]
+    first = compress(_lines(150))
+    data = first + compress(_lines(150))
+    assert len(_texts(input_file(f"a.jsonl.{ending}", data))) == 300
     for cut in range(len(data)):
-        file = input_file("a.jsonl.gz", data[:cut])
-        if cut == len(first):  # a whole member: nothing tells that another followed
+        file = input_file(f"a.jsonl.{ending}", data[:cut])
+        if cut == len(first):  # a whole part: nothing tells that another followed
             assert len(_texts(file)) == 150
         else:
-            with pytest.raises(DataError, match="whole gzip members"):
+            with pytest.raises(DataError, match=parts):
                 list(read_documents(file, "text"))
 
 
-def test_gz_flipped_byte_is_an_error_or_changes_no_text(input_file: Write) -> None:
-    data = gzip.compress(_lines(200), mtime=0)
+@pytest.mark.parametrize("ending", COMPRESSED)
+def test_flipped_byte_under_a_checksum_is_an_error_or_changes_no_text(input_file: Write, ending: str) -> None:
+    compress, _, most_unharmed = COMPRESSED[ending]
+    data = compress(_lines(200))
     expected = [f"record {i} {i * 7919 % 1000}" for i in range(200)]
     unharmed = 0
     for place in range(len(data)):
         flipped = bytearray(data)
         flipped[place] ^= 0x41
         try:
-            assert _texts(input_file("a.jsonl.gz", bytes(flipped))) == expected, f"byte {place}"
+            assert _texts(input_file(f"a.jsonl.{ending}", bytes(flipped))) == expected, f"byte {place}"
         except DataError:
             continue
         unharmed += 1
-    assert unharmed <= 7, "only time and kind of system in the header carry no text"
+    assert unharmed <= most_unharmed
 
 
 def test_gz_with_bytes_after_its_members_is_an_error(input_file: Write) -> None:
@@ -117,10 +133,6 @@ def test_bomb_that_expands_to_a_gigabyte_is_refused_in_64_megabytes(
     found, grown = done.stdout.splitlines()
     assert found == f"bomb.jsonl.{kind}:1|1,073,741,834 bytes|a line has at most 67,108,864 bytes"
     assert int(grown) < 64 * 1000, f"{grown} KiB"
-
-
-def _zst(data: bytes) -> bytes:
-    return zstandard.ZstdCompressor().compress(data)
 
 
 def test_dense_line_between_the_limits_is_refused_and_its_neighbours_are_read(input_file: Write) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from moe_dist.config.schema import OptimizerConfig
 from moe_dist.model import init
-from moe_dist.model.naming import GlobalTensor
 from moe_dist.moe import balance, expert_loop, experts, layer, plan, router, router_kinds
 from moe_dist.moe.decision import RoutingDecision
 from moe_dist.objectives.language_modelling import LossSums
@@ -20,7 +19,7 @@ from moe_dist.train import step
 from tests.model import test_transformer
 from tests.moe import test_experts, test_layer, test_plan
 from tests.parallel import test_expert_parallel
-from tests.support.planted import failure_with
+from tests.support.planted import failure_with, idle_experts_unfilled, named_by_place
 from tests.train import test_step_terms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,26 +105,12 @@ def tally_in(dtype: torch.dtype) -> Any:
     return narrow_tally
 
 
-def idle_experts_left_as_they_are(ctx: Any, *grads: Tensor) -> Any:
-    found = original_backward(ctx, *grads)
-    idle = torch.tensor([count == 0 for count in ctx.job.counts_L])
-    for grad in found[2:4]:
-        grad[idle] = torch.nan  # what uninitialised memory may hold
-    return found
-
-
 def nothing_to_do_without_rows(self: Any, x_TD: Tensor, *others: Any) -> Tensor:
     return original_of_tokens(self, x_TD, *others) if len(x_TD) else x_TD * 0
 
 
 def without_expert_id(name: str, *others: Any) -> Tensor:
     return original_value(name.partition("#")[0], *others)
-
-
-def named_by_place(model: nn.Module) -> Iterator[GlobalTensor]:
-    for piece in original_pieces(model):
-        name = piece.name if piece.index is None else f"{piece.parameter}#{piece.index}"
-        yield dataclasses.replace(piece, name=name)
 
 
 def load_of_this_rank(self: Any) -> dict[str, Tensor]:
@@ -208,7 +193,7 @@ original_plan, original_tally = layer.make_plan, step._Tally.__init__
 original_probability, original_z = balance.probability_by_sequence, balance.z_sum
 original_by_sequence = balance.demand_by_sequence
 original_backward, original_of_tokens = expert_loop._ExpertLoop.backward, experts.Experts.of_tokens
-original_value, original_pieces = init.initial_value, init.global_tensors
+original_value = init.initial_value
 original_over_ranks, original_adamw = step._Tally._over_all_ranks, test_step_terms.build_adamw
 original_product, original_experts = experts._product, experts.Experts.forward
 PLAIN = ((None, "probability"), False, False, "sequence", True)
@@ -273,7 +258,7 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
         test_step_terms.test_load_is_counted_exactly_beyond_what_a_narrow_type_holds,
     ),
     "14 gradient of idle experts left uninitialised": (
-        *(expert_loop._ExpertLoop, "backward", staticmethod(idle_experts_left_as_they_are)),
+        *(expert_loop._ExpertLoop, "backward", staticmethod(idle_experts_unfilled(original_backward))),
         test_layer.test_layer_all_tokens_to_one_expert_gives_zero_gradient_to_the_others,
     ),
     "14 experts of an empty batch without gradient": (
@@ -285,7 +270,7 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
         test_transformer.test_initial_experts_are_all_different,
     ),
     "16 first weights by place in the stack": (
-        *(init, "global_tensors", named_by_place),
+        *(init, "pieces_by_parameter", named_by_place),
         test_transformer.test_initial_experts_of_a_part_are_those_of_the_whole,
     ),
     "18 imbalance of this rank's load": (

@@ -30,6 +30,7 @@ from moe_dist.parallel.gradients import Gradients
 from moe_dist.train import step as step_module
 from moe_dist.verify import proof as proof_module
 from moe_dist.verify import step as proof_step
+from tests.support.planted import idle_experts_unfilled, named_by_place
 
 Patch = AbstractContextManager[Any]
 
@@ -60,13 +61,7 @@ def first_weights_by_rank() -> Patch:
 
 
 def experts_named_by_place() -> Patch:
-    original = init.global_tensors
-
-    def pieces(model: Any) -> Any:
-        for piece in original(model):
-            yield piece if piece.index is None else replace(piece, name=f"{piece.parameter}#{piece.index}")
-
-    return mock.patch.object(init, "global_tensors", pieces)
+    return mock.patch.object(init, "pieces_by_parameter", named_by_place)
 
 
 def positions_by_rank() -> Patch:
@@ -133,16 +128,8 @@ def recompute_routes_again() -> Patch:
 
 
 def idle_experts_not_filled() -> Patch:
-    original = expert_loop._ExpertLoop.backward
-
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        found = original(ctx, *grads)
-        idle = torch.tensor([count == 0 for count in ctx.job.counts_L])
-        for grad in found[2:4]:
-            grad[idle] = torch.nan  # what uninitialised memory may hold
-        return found
-
-    return mock.patch.object(expert_loop._ExpertLoop, "backward", staticmethod(backward))
+    loop = expert_loop._ExpertLoop
+    return mock.patch.object(loop, "backward", staticmethod(idle_experts_unfilled(loop.backward)))
 
 
 def balance_times(factor: float) -> Patch:
