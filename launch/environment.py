@@ -30,6 +30,7 @@ def rank_environment(config: Config, cores_per_rank: float) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(_KEEP_BYTES),
         "MALLOC_TRIM_THRESHOLD_": str(_KEEP_BYTES),
         "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages: products of matrices ran up to 8 % faster
+        "GOMP_SPINCOUNT": "10000",  # threads that wait for work soon leave the cores to those that take whole experts
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,

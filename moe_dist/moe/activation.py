@@ -1,7 +1,7 @@
 """What stands between an expert's two products, with its backward written out for the `loop` back end.
 
-Shape letters: R rows, F expert width, H columns of the first product (2F where it is gated, else F). The `loop` back
-end computes and keeps the first product in parts of F columns: whole rows of memory for what is elementwise.
+Shape letters: R rows, F expert width, H columns of the first product (2F where it is gated, else F). The parts of a
+gated product are views of its columns, so that one product of matrices makes both, and one takes both gradients back.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Activation(Protocol):
         """The activation [R, F], and the by-product [R, F] that spares a gated one work in the backward."""
         ...
 
-    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> list[Tensor]:
-        """The gradient of each part, [R, F]; may overwrite all it is given."""
+    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> None:
+        """Overwrites each part with its gradient."""
         ...
 
 
@@ -41,11 +41,12 @@ class SwiGLU:
         silu_RF = F.silu(gate_RF)
         return silu_RF * up_RF, silu_RF
 
-    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> list[Tensor]:
+    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> None:
         assert by_product is not None, "the forward returned silu(gate)"
         gate_RF, up_RF = parts_RF
-        grad_up_RF, grad_silu_RF = by_product.mul_(grad_RF), up_RF.mul_(grad_RF)
-        return [torch.ops.aten.silu_backward.grad_input(grad_silu_RF, gate_RF, grad_input=gate_RF), grad_up_RF]
+        grad_silu_RF = up_RF.mul_(grad_RF)
+        torch.ops.aten.silu_backward.grad_input(grad_silu_RF, gate_RF, grad_input=gate_RF)
+        torch.mul(by_product, grad_RF, out=up_RF)
 
 
 class GELU:
@@ -57,8 +58,9 @@ class GELU:
         (up_RF,) = parts_RF
         return F.gelu(up_RF), None
 
-    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> list[Tensor]:
-        return [torch.ops.aten.gelu_backward(grad_RF, *parts_RF)]
+    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> None:
+        (up_RF,) = parts_RF
+        torch.ops.aten.gelu_backward.grad_input(grad_RF, up_RF, grad_input=up_RF)
 
 
 class ReLU:
@@ -70,8 +72,9 @@ class ReLU:
         (up_RF,) = parts_RF
         return F.relu(up_RF), None
 
-    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> list[Tensor]:
-        return [torch.ops.aten.threshold_backward(grad_RF, *parts_RF, 0)]
+    def backward(self, *parts_RF: Tensor, by_product: Tensor | None, grad_RF: Tensor) -> None:
+        (up_RF,) = parts_RF
+        torch.ops.aten.threshold_backward.grad_input(grad_RF, up_RF, 0, grad_input=up_RF)
 
 
 def activation_of(kind: str) -> Activation:

@@ -13,6 +13,7 @@ g of the token, the gradient of the gate is `<g, y> = <g W^T, a>`, whose factors
 from __future__ import annotations
 
 import functools
+import heapq
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,7 @@ from moe_dist.moe.activation import Activation
 from moe_dist.moe.dispatch import weighted_sum
 from moe_dist.moe.plan import RoutingPlan
 
-# Experts side by side pay where there are many, or few that are wide; measured, see docs/log.md.
-EXPERTS_PER_THREAD, WIDE_EXPERTS_PER_THREAD, WIDE = 16, 4, 1024
+_IDLE_FRACTION = 0.1  # of the threads' time that may be lost to an expert that outlasts the others
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Job:
     activation: Activation
     recompute: str
     plan: RoutingPlan | None = None
+
+    def parts(self, hidden_RH: Tensor) -> tuple[Tensor, ...]:
+        """The first product by parts of F columns."""
+        return hidden_RH.chunk(self.activation.parts, dim=1)
 
 
 def loop_rows(rows_RD: Tensor, first: Tensor, down: Tensor, job: Job) -> Tensor:
@@ -68,7 +72,7 @@ class _ExpertLoop(torch.autograd.Function):
             active_RF = kept.fill(source.take(x, rows), first[expert], rows)
             torch.mm(active_RF, down[expert], out=y_ND[rows])
 
-        _for_each_expert(expert_forward, job.counts_L, down)
+        _for_each_expert(expert_forward, job.counts_L, x.device)
         ctx.save_for_backward(x, gate_TK, first, down, kept.hidden, kept.by_product, kept.active)
         ctx.job = job
         return y_ND if job.plan is None or gate_TK is None else weighted_sum(y_ND, gate_TK, job.plan)
@@ -90,7 +94,7 @@ class _ExpertLoop(torch.autograd.Function):
 
         def expert_backward(expert: int, rows: slice) -> None:
             x_RD, grad_RD = source.take(x, rows), source.take(grad_out, rows)
-            parts_RF, active_RF, by_product = kept.read(x_RD, first[expert], rows)
+            hidden_RH, active_RF, by_product = kept.read(x_RD, first[expert], rows)
             grad_active_RF = grad_RD @ down[expert].T
             if gate_N is not None and slope_N is not None:
                 slope_N[rows] = torch.linalg.vecdot(active_RF, grad_active_RF)
@@ -98,19 +102,14 @@ class _ExpertLoop(torch.autograd.Function):
                 grad_RD.mul_(gate_N[rows, None])
                 x_RD.mul_(gate_N[rows, None])
             torch.mm(active_RF.T, grad_RD, out=grad_down[expert])
-            grads_RF = job.activation.backward(*parts_RF, by_product=by_product, grad_RF=grad_active_RF)
+            job.activation.backward(*job.parts(hidden_RH), by_product=by_product, grad_RF=grad_active_RF)
             # What is not needed again goes at once: wide experts would otherwise set the peak of a whole step.
-            del parts_RF, active_RF, grad_RD, by_product, grad_active_RF
-            beta = 0
-            while grads_RF:
-                grad_RF = grads_RF.pop()
-                part = slice(len(grads_RF) * grad_RF.shape[1], (len(grads_RF) + 1) * grad_RF.shape[1])
-                torch.addmm(grad_rows[rows], grad_RF, first[expert, part], beta=beta, out=grad_rows[rows])
-                torch.mm(grad_RF.T, x_RD, out=grad_first[expert, part])
-                beta = 1
+            del active_RF, grad_RD, by_product, grad_active_RF
+            torch.mm(hidden_RH, first[expert], out=grad_rows[rows])
+            torch.mm(hidden_RH.T, x_RD, out=grad_first[expert])
 
         with torch.autocast(x.device.type, enabled=False):
-            _for_each_expert(expert_backward, job.counts_L, down)
+            _for_each_expert(expert_backward, job.counts_L, x.device)
             if job.plan is None or slope_N is None or gate_TK is None:
                 return grad_rows, None, grad_first, grad_down, None
             return weighted_sum(grad_rows, gate_TK, job.plan), job.plan.to_slots(slope_N), grad_first, grad_down, None
@@ -145,12 +144,12 @@ class _Kept:
 
     @staticmethod
     def empty(x: Tensor, first: Tensor, down: Tensor, job: Job) -> _Kept:
-        shape_NF = (sum(job.counts_L), down.shape[1])
+        rows = sum(job.counts_L)
         hidden = by_product = active = None
         if job.recompute != "projections":
-            hidden = x.new_empty(job.activation.parts, *shape_NF)
+            hidden = x.new_empty(rows, first.shape[1])
         if job.recompute == "nothing":
-            active = x.new_empty(shape_NF)
+            active = x.new_empty(rows, down.shape[1])
             by_product = torch.empty_like(active) if job.activation.parts == 2 else None
         return _Kept(job, hidden, by_product, active)
 
@@ -162,54 +161,50 @@ class _Kept:
 
     def fill(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> Tensor:
         """The activation of an expert's rows; what leads to it is kept as the job says."""
-        active_RF, by_product = self.job.activation.forward(*self._parts(x_RD, first_HD, rows))
+        active_RF, by_product = self._activate(self._product(x_RD, first_HD, rows))
         if self.active is not None:
             self.active[rows] = active_RF
         if self.by_product is not None and by_product is not None:
             self.by_product[rows] = by_product
         return active_RF
 
-    def read(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    def read(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """(first product, activation, by-product) in the backward: where they were kept, or computed again.
 
-        First product and by-product are the caller's to overwrite.
+        The first product is the caller's to overwrite.
         """
         if self.hidden is None:
-            parts_RF = self._parts(x_RD, first_HD, rows)
+            hidden_RH = self._product(x_RD, first_HD, rows)
         else:
-            parts_RF = [self._own(part_NF[rows]) for part_NF in self.hidden]
+            hidden_RH = self.hidden[rows].clone() if self.copies else self.hidden[rows]
         if self.active is None:
-            return parts_RF, *self.job.activation.forward(*parts_RF)
-        by_product = None if self.by_product is None else self._own(self.by_product[rows])
-        return parts_RF, self.active[rows], by_product
+            return hidden_RH, *self._activate(hidden_RH)
+        return hidden_RH, self.active[rows], None if self.by_product is None else self.by_product[rows]
 
-    def _own(self, kept: Tensor) -> Tensor:
-        return kept.clone() if self.copies else kept
+    def _activate(self, hidden_RH: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.job.activation.forward(*self.job.parts(hidden_RH))
 
-    def _parts(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> list[Tensor]:
-        """The first product, F columns a part, written where it is kept."""
-        weights_FD = first_HD.chunk(self.job.activation.parts)
+    def _product(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> Tensor:
+        """The first product, written where it is kept."""
         if self.hidden is None:
-            return [x_RD @ weight_FD.T for weight_FD in weights_FD]
-        kept_NF = zip(weights_FD, self.hidden, strict=True)
-        return [torch.mm(x_RD, weight_FD.T, out=part_NF[rows]) for weight_FD, part_NF in kept_NF]
+            return x_RD @ first_HD.T
+        return torch.mm(x_RD, first_HD.T, out=self.hidden[rows])
 
 
-def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], down: Tensor) -> None:
+def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], device: torch.device) -> None:
     """Calls `work(expert, its rows)` for every expert that has rows.
 
-    On a CPU with several threads and enough experts, each thread takes whole experts: many small products side by side
-    are faster than each of them cut into pieces. Experts write to separate rows, so the result does not depend on who
-    takes which.
+    On a CPU with several threads each takes whole experts, where that keeps all of them busy: products side by side are
+    faster than each of them cut into pieces. Experts write to separate rows, so the result does not depend on who takes
+    which.
     """
-    spans = _spans(counts_L)
+    spans = sorted(_spans(counts_L), key=lambda span: span[1].start - span[1].stop)  # the largest first
     threads = torch.get_num_threads()
-    enough = threads * (WIDE_EXPERTS_PER_THREAD if down.shape[1] >= WIDE else EXPERTS_PER_THREAD)
-    if down.device.type != "cpu" or threads == 1 or len(spans) < enough:
+    if device.type != "cpu" or threads == 1 or not _keeps_busy([rows.stop - rows.start for _, rows in spans], threads):
         for expert, rows in spans:
             work(expert, rows)
         return
-    queue = iter(sorted(spans, key=lambda span: span[1].start - span[1].stop))  # the largest first
+    queue = iter(spans)
 
     def take_experts() -> None:
         with torch.no_grad():
@@ -219,6 +214,14 @@ def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], do
 
     for taken in [_single_threads(threads).submit(take_experts) for _ in range(threads)]:
         taken.result()
+
+
+def _keeps_busy(rows_of_experts: list[int], threads: int) -> bool:
+    """Whether threads that take experts, the largest first, end at about the same time."""
+    taken = [0] * threads
+    for rows in rows_of_experts:
+        heapq.heapreplace(taken, taken[0] + rows)
+    return max(taken) * threads * (1 - _IDLE_FRACTION) <= sum(taken)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""glibc's allocator settings for benchmarks, which a process can only be born with.
+"""Settings of glibc's allocator and of OpenMP for benchmarks, which a process can only be born with.
 
 By default glibc maps every large block anew and gives it back when it is freed, so that a layer pays for page faults
 rather than for arithmetic. Benchmarks measure under the settings that training runs under (`launch/environment.py`).
@@ -10,11 +10,13 @@ import os
 import sys
 
 # Freed blocks stay with the process: no page is asked for twice. For clocks.
-# Torch asks for large pages: with small ones a product waits for the address translation (docs/log.md).
+# Torch asks for large pages: with small ones a product waits for the address translation (docs/log.md). Idle OpenMP
+# threads sleep after some 0.2 ms: by default they keep a core busy for milliseconds.
 KEEP = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "THP_MEM_ALLOC_ENABLE": "1",
+    "GOMP_SPINCOUNT": "10000",
 }
 # Blocks of 64 KiB and more go back when they are freed: resident memory is what is alive. For peak memory.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
