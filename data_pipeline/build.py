@@ -2,7 +2,7 @@
 
 `<data.dir>/<fingerprint>` appears by one rename when it is whole. Builders of the same input do not wait for each
 other: each writes a private folder beside it, and all but the first throw theirs away. With Ray on several machines,
-`data.input` and `data.dir` must be on storage that all of them see.
+`data.input` and `data.dir` must be on storage that all of them see; only the input may be an object store.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def fingerprint(listing: Listing, created_from: dict[str, Any]) -> str:
-    """Name of a build: hash of the format, the files' ids, sizes and times, and the configuration that matters."""
-    files = [[file.id, file.size_bytes, file.mtime_ns] for file in listing.files]
+    """Name of a build: hash of the format, the files' identities, and the configuration that matters."""
+    files = [file.identity for file in listing.files]
     tree = {"version": FORMAT_VERSION, "files": files, "config": created_from}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode("utf-8")).hexdigest()[:20]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage import is_url
 from moe_dist.config import Config
 from moe_dist.config.explain import resolved
 from moe_dist.config.load import read_tree, write_yaml
@@ -70,7 +71,7 @@ def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths, for processes that have another working directory."""
     run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
     data: dict[str, Any] = {"dir": os.path.abspath(config.data.dir)}
-    if config.data.input != "python-library":
+    if config.data.input != "python-library" and not is_url(config.data.input):
         data["input"] = os.path.abspath(config.data.input)
     if config.data.tokenizer.path is not None:
         path = os.path.abspath(config.data.tokenizer.path)

@@ -68,7 +68,8 @@ class DataConfig(Section):
     input: str = key(
         "python-library",
         "A folder or file (.txt .md .py ..., .jsonl, .jsonl.zst, .jsonl.gz, .parquet), a folder that save_to_disk of "
-        "datasets wrote, or `python-library`: the sources of the interpreter's own library.",
+        "datasets wrote, a pattern of files (texts/**/*.md), any of them on an object store (s3://bucket/texts), or "
+        "`python-library`: the sources of the interpreter's own library.",
         "path",
     )
     dir: str = key("runs/data", "Where built shards go, each build in a folder named by its fingerprint.", "path")
