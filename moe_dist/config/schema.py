@@ -31,7 +31,16 @@ class RunConfig(Section):
 
 
 class TokenizerConfig(Section):
-    path: str | None = key(None, "A tokenizer.json to use; null trains a byte-level BPE on the input.", "path")
+    path: str | None = key(
+        None,
+        "A tokenizer.json, tekken.json or tiktoken ranks file to use; null trains a byte-level BPE on the input.",
+        "path",
+    )
+    kind: Literal["auto", "tokenizer.json", "tekken", "gpt2", "cl100k_base", "o200k_base"] = key(
+        "auto",
+        "What `path` is: told by its contents, or as named. A tiktoken ranks file does not say how it cuts text, so "
+        "its encoding must be named.",
+    )
     train_bytes: int = key(16_000_000, "The tokenizer is trained on at most this much text.", "bytes", ge=1_000)
 
 
