@@ -129,7 +129,7 @@ def _list_store(url: str, suffixes: tuple[str, ...]) -> Listing:
     store, path = split_url(url)
     base, pattern = _split_pattern(path)
     found = list_objects(store, base)
-    if set(found) == {""}:  # the object itself
+    if set(found) == {""} and not pattern:  # the object itself
         name = PurePath(base).name
         found = {name: found[""]}
         chosen = [(name, _kind_of_named(url, name, suffixes))]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +28,7 @@ _MOST_TOKENS = 2**20
 _LONGEST_TOKEN = 1024
 _NEVER = 2**62  # rank of two parts that are not joined
 _TEKKEN_KIND = "tekken"
+_TEKKEN_ROW = re.compile(rb'"token_bytes"\s*:\s*"')  # in a tokenizer.json such a token has a number
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def kind_of_contents(contents: bytes) -> str:
     if start[:1] != b"{":
         token, _, rank = contents[:_LONGEST_TOKEN].partition(b"\n")[0].strip().partition(b" ")
         return "tiktoken" if rank.isdigit() and _decode(token) else "tokenizer.json"
-    return _TEKKEN_KIND if b'"token_bytes"' in contents[: 2**20] else "tokenizer.json"
+    return _TEKKEN_KIND if _TEKKEN_ROW.search(contents, 0, 2**20) else "tokenizer.json"
 
 
 def convert(contents: bytes, kind: str, where: str) -> bytes:

@@ -137,7 +137,8 @@ def open_object(store: str, seen: StoredObject, version: str) -> Iterator[Binary
         system, _ = _connect(store)
         source = system.open_input_file(seen.path)
     with source:
-        _check_same(system, source, seen, version)
+        with _named(seen.path):
+            _check_same(system, source, seen, version)
         yield cast(BinaryIO, io.BufferedReader(_Object(source, seen), _BUFFER_BYTES))
     with _named(seen.path), system.open_input_file(seen.path) as after:
         _check_same(system, after, seen, version)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.storage import is_url
 from moe_dist.config import Config
 from moe_dist.config.explain import resolved
 from moe_dist.config.load import read_tree, write_yaml
@@ -69,6 +68,8 @@ def prepare(config: Config, again: bool) -> dict[str, Any] | None:
 
 def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths, for processes that have another working directory."""
+    from data_pipeline.storage import is_url
+
     run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
     data: dict[str, Any] = {"dir": os.path.abspath(config.data.dir)}
     if config.data.input != "python-library" and not is_url(config.data.input):

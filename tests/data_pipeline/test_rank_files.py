@@ -150,6 +150,7 @@ def test_kinds_of_the_config_are_those_that_are_read(tmp_path: Path, ranks: list
         (TEKKEN.read_bytes(), "tekken"),
         (_ranks_file(ranks[:300]), "tiktoken"),
         (convert(_ranks_file(ranks[:300]), "gpt2", "x"), "tokenizer.json"),
+        (b'{"model": {"vocab": {"token_bytes": 7}}}', "tokenizer.json"),
         (b"", "tokenizer.json"),
         (b"\x80\x04K\x01.", "tokenizer.json"),
     ):
