@@ -166,17 +166,16 @@ def _choose(
     Raises:
         DataError: None is read.
     """
-    chosen: dict[str, str] = {id_: ".arrow" for id_ in saved if id_.endswith(".arrow")}
+    chosen: dict[str, str] = {}
     ignored: Counter[str] = Counter()
-    for id_ in found:
+    for id_ in sorted({*found, *saved}):
         if pattern and not _matches(id_.split("/"), pattern):
-            chosen.pop(id_, None)
-        elif id_ not in saved:
-            kind = kind_of(id_, suffixes)
-            if kind is None:
-                ignored[PurePath(id_).suffix.lower() or "(none)"] += 1
-            else:
-                chosen[id_] = kind
+            continue
+        kind = kind_of(id_, suffixes) if id_ not in saved else ".arrow"
+        if kind is None:
+            ignored[PurePath(id_).suffix.lower() or "(none)"] += 1
+        elif id_ not in saved or id_.endswith(".arrow"):
+            chosen[id_] = kind
     if not chosen:
         seen = ", ".join(f"{ending} ({count})" for ending, count in ignored.most_common(8)) or "no files"
         raise DataError(
@@ -188,7 +187,7 @@ def _choose(
             if pattern and not ignored
             else "name another folder, or add the ending of a plain-text file to data.suffixes",
         )
-    return sorted(chosen.items()), dict(sorted(ignored.items()))
+    return list(chosen.items()), dict(sorted(ignored.items()))
 
 
 def _split_pattern(path: str) -> tuple[str, list[str]]:
@@ -240,7 +239,7 @@ def _saved_files(found: Collection[str], read: Callable[[str], bytes]) -> set[st
         DataError: A state.json cannot be read, names a file outside its folder, or an order of rows of its own.
     """
     saved: set[str] = set()
-    for id_ in found:
+    for id_ in sorted(found):
         prefix, slash, name = id_.rpartition("/")
         beside = [f"{prefix}{slash}{other}" for other in _SAVED_DATASET]
         if name == _SAVED_DATASET[0] and beside[1] in found:

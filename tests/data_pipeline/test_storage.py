@@ -171,6 +171,16 @@ def test_store_without_a_file_that_is_read_says_what_it_holds(store: Store) -> N
         list_input(f"s3://{BUCKET}/pictures", SUFFIXES)
 
 
+def test_store_saved_dataset_without_a_file_it_names_is_a_named_error(store: Store, tmp_path: Path) -> None:
+    store.put_folder("lost", _save(tmp_path / "saved", pa.table({"text": ["a", "b"]})))
+    store.files.delete_file(f"{BUCKET}/lost/data-00001-of-00002.arrow")
+    with pytest.raises(DataError, match="no such object") as caught:
+        list_input(f"s3://{BUCKET}/lost", SUFFIXES)
+    assert caught.value.where == "data-00001-of-00002.arrow"
+    (first,) = list_input(f"s3://{BUCKET}/lost/*-00000-*", SUFFIXES).files
+    assert (first.id, first.kind) == ("data-00000-of-00002.arrow", ".arrow")
+
+
 def test_store_that_refuses_access_names_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_store(INITIAL_NO_AUTH_ACTION_COUNT="0") as closed:
         point_to(closed.endpoint, monkeypatch)
