@@ -208,8 +208,9 @@ def test_store_killed_in_mid_read_is_an_error_that_skip_does_not_pass_over(
         doomed.kill()
         with pytest.raises(StorageError, match="AWS_ENDPOINT_URL"):
             list(reading)
-        with pytest.raises(StorageError):
-            Surveyor("text", skip_unreadable=True, sample_bytes=0, total_bytes=1)(WorkItem(0, (file,)))
+        if ending == ".jsonl":  # each try takes seconds
+            with pytest.raises(StorageError):
+                Surveyor("text", skip_unreadable=True, sample_bytes=0, total_bytes=1)(WorkItem(0, (file,)))
 
 
 @pytest.mark.parametrize("breaks", [1, 100])
