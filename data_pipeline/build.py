@@ -2,7 +2,7 @@
 
 `<data.dir>/<fingerprint>` appears by one rename when it is whole. Builders of the same input do not wait for each
 other: each writes a private folder beside it, and all but the first throw theirs away. With Ray on several machines,
-`data.input` and `data.dir` must be on storage that all of them see.
+`data.input` and `data.dir` must be on storage that all of them see; only the input may be an object store.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from data_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
+from data_pipeline.rank_files import ENCODINGS
 from data_pipeline.survey import (
     Sampled,
     Survey,
@@ -50,7 +51,7 @@ from data_pipeline.survey import (
     training_texts,
     trim,
 )
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
 from moe_dist.config import Config
 from moe_dist.errors import DataError
 
@@ -106,8 +107,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def fingerprint(listing: Listing, created_from: dict[str, Any]) -> str:
-    """Name of a build: hash of the format, the files' ids, sizes and times, and the configuration that matters."""
-    files = [[file.id, file.size_bytes, file.mtime_ns] for file in listing.files]
+    """Name of a build: hash of the format, the files' identities, and the configuration that matters."""
+    files = [file.identity for file in listing.files]
     tree = {"version": FORMAT_VERSION, "files": files, "config": created_from}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode("utf-8")).hexdigest()[:20]
 
@@ -137,9 +138,9 @@ def check_rows(manifest: Manifest, sequence_length: int) -> None:
 def _created_from(config: Config) -> dict[str, Any]:
     """The configuration that decides the bytes of a build. Cleaning that is off leaves no trace: names stay."""
     data = config.data
-    given = None
+    given, kind = None, data.tokenizer.kind
     if data.tokenizer.path is not None:
-        given = load_tokenizer(data.tokenizer.path, config.model.vocab_size).sha256
+        given = hashlib.sha256(read_tokenizer_file(data.tokenizer.path)).hexdigest()
     return {
         "data.suffixes": list(data.suffixes),
         "data.text_field": data.text_field,
@@ -149,6 +150,7 @@ def _created_from(config: Config) -> dict[str, Any]:
         "data.tokenizer.sha256": given,
         "data.tokenizer.train_bytes": data.tokenizer.train_bytes if given is None else None,
         "model.vocab_size": config.model.vocab_size,
+        **({"data.tokenizer.kind": kind} if kind in ENCODINGS else {}),
         **Cleaner(data.clean).created_from,
         **({"data.dedup.exact": True} if data.dedup.exact else {}),
     }
@@ -161,10 +163,13 @@ class _Build:
         self.config, self.data, self.listing = config, config.data, listing
         self.use_ray, self.progress = use_ray, progress
         self.cleaner = Cleaner(config.data.clean)
+        self.given: Tokenizer | None = None  # looked at before any work is spent
+        if self.data.tokenizer.path is not None:
+            self.given = load_tokenizer(self.data.tokenizer.path, config.model.vocab_size, self.data.tokenizer.kind)
 
     def survey(self, items: list[WorkItem]) -> tuple[Survey, list[WorkItem]]:
         """First pass; finds what is unreadable before any work is spent. Returns the items of the second pass too."""
-        wanted = 0 if self.data.tokenizer.path else self.data.tokenizer.train_bytes
+        wanted = 0 if self.given else self.data.tokenizer.train_bytes
         total_bytes, finds = self.listing.size_bytes, self.data.dedup.exact
         surveyor = Surveyor(self.data.text_field, self._skips, wanted, total_bytes, self.cleaner, finds)
         parts: dict[int, Survey] = {}
@@ -182,8 +187,8 @@ class _Build:
 
     def tokenizer(self, found: Survey, cut: int) -> Tokenizer:
         """The given tokenizer, or one trained on the sample's training documents."""
-        if self.data.tokenizer.path:
-            return load_tokenizer(self.data.tokenizer.path, self.config.model.vocab_size)
+        if self.given is not None:
+            return self.given
         total = self.listing.size_bytes
         self.progress("train tokenizer", 0, total)
         texts = training_texts(found.sample, cut, self.data.tokenizer.train_bytes)

@@ -47,7 +47,7 @@ def read_documents(file: InputFile, text_field: str) -> Iterator[Document | Data
 
 def _read_plain(file: InputFile) -> Iterator[Document]:
     """A file up to `WHOLE_FILE_BYTES` is one document; a larger one is read in pieces, each a document of its own."""
-    with open(file.path, "rb") as source:
+    with streams.open_file(file) as source:
         data = source.read(WHOLE_FILE_BYTES + 1)
         if len(data) <= WHOLE_FILE_BYTES:
             yield decode_document(file.id, data, file.id, 0)

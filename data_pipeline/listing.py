@@ -1,4 +1,7 @@
-"""Which files the input consists of: found, sorted and counted; of saved datasets, what their state.json names."""
+"""Which files the input consists of: found, sorted and counted; of saved datasets, what their state.json names.
+
+The input is a path, a pattern of paths, or either of them as the URL of an object store.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import os
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
+from data_pipeline.storage import StoredObject, is_url, list_objects, object_versions, open_object, split_url
 from moe_dist.errors import DataError
 
 PYTHON_LIBRARY = "python-library"
@@ -32,10 +37,12 @@ class InputFile:
 
     Attributes:
         id: Path relative to the input folder, with `/`; the file's name where the input is one file.
-        path: Where it lies.
+        path: Where it lies: on this machine, or in its store.
         kind: One of `RECORD_ENDINGS`, `.arrow` for a file of a saved dataset, or `plain`.
         size_bytes: Size when it was listed.
         mtime_ns: Time of its last change when it was listed, in nanoseconds.
+        store: Object store it lies in, as `storage.split_url` gives it; empty on this machine.
+        version: What told its contents apart when it was listed (an ETag); empty where nothing does.
     """
 
     id: str
@@ -43,6 +50,13 @@ class InputFile:
     kind: str
     size_bytes: int
     mtime_ns: int
+    store: str = ""
+    version: str = ""
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the name of a build takes of a file: with other contents it is another one."""
+        return [self.id, self.size_bytes, self.version or self.mtime_ns]
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ class Listing:
 
 
 def list_input(source: str, suffixes: tuple[str, ...]) -> Listing:
-    """Lists a folder, a single file, or the interpreter's own library.
+    """Lists a folder, a single file, the files that match a pattern, or the interpreter's own library.
 
     Hidden files and folders and `__pycache__` are left out. Links are followed, except a folder inside itself.
 
@@ -68,14 +82,20 @@ def list_input(source: str, suffixes: tuple[str, ...]) -> Listing:
 
     Raises:
         DataError: The path does not exist, or holds no file that is read.
+        StorageError: An object store does not list it.
     """
     if source == PYTHON_LIBRARY:
         return _list_library()
-    path = Path(source).expanduser()
+    if is_url(source) and not source.startswith("file://"):
+        return _list_store(source, suffixes)
+    path = Path(source.removeprefix("file://")).expanduser()
     if path.is_dir():
         return _list_folder(path, suffixes)
     if path.is_file():
         return _list_file(path, suffixes)
+    base, pattern = _split_pattern(str(path))
+    if pattern and Path(base).is_dir():
+        return _list_folder(Path(base), suffixes, pattern)
     raise DataError("data.input", source, "the input exists", _nearest_path(path))
 
 
@@ -96,68 +116,143 @@ def _list_library() -> Listing:
     return Listing(tuple(sorted(files, key=lambda file: file.id)))
 
 
-def _list_folder(root: Path, suffixes: tuple[str, ...]) -> Listing:
-    found = dict(_walk(root))
-    saved = _saved_files(found)
-    files = [_stat_file(id_, path, ".arrow") for id_, path in saved.items() if path.suffix == ".arrow"]
+def _list_folder(root: Path, suffixes: tuple[str, ...], pattern: Sequence[str] = ()) -> Listing:
+    deepest = None if "**" in pattern or not pattern else len(pattern) - 1
+    found = {id_ for id_, _ in _walk(root, deepest=deepest)}
+    saved = _saved_files(found, lambda id_: (root / id_).read_bytes())
+    chosen, ignored = _choose(str(root), found, saved, suffixes, pattern)
+    return Listing(tuple(_stat_file(id_, root / id_, kind) for id_, kind in chosen), ignored)
+
+
+def _list_store(url: str, suffixes: tuple[str, ...]) -> Listing:
+    """Lists as a folder of the same files on this machine would be listed."""
+    store, path = split_url(url)
+    base, pattern = _split_pattern(path)
+    found = list_objects(store, base)
+    if set(found) == {""} and not pattern:  # the object itself
+        name = PurePath(base).name
+        found = {name: found[""]}
+        chosen = [(name, _kind_of_named(url, name, suffixes))]
+        ignored: dict[str, int] = {}
+    else:
+        found = {id_: entry for id_, entry in found.items() if not _is_hidden(id_)}
+        saved = _saved_files(found, lambda id_: _contents(store, found[id_]))
+        chosen, ignored = _choose(f"{store}/{base}", found, saved, suffixes, pattern)
+    for id_, _ in chosen:
+        if id_ not in found:
+            fix = "save the dataset again with save_to_disk"
+            raise DataError(id_, "no such object", "the files that a state.json names are there", fix)
+    entries = [found[id_] for id_, _ in chosen]
+    versions = object_versions(store, [entry.path for entry in entries])
+    return Listing(
+        tuple(
+            InputFile(id_, entry.path, kind, entry.size_bytes, entry.mtime_ns, store, version)
+            for (id_, kind), entry, version in zip(chosen, entries, versions, strict=True)
+        ),
+        ignored,
+    )
+
+
+def _contents(store: str, entry: StoredObject) -> bytes:
+    with open_object(store, entry, "") as source:
+        return source.read()
+
+
+def _choose(
+    where: str, found: Collection[str], saved: Collection[str], suffixes: tuple[str, ...], pattern: Sequence[str]
+) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """The ids that are read, sorted, each with its kind, and how many others of which ending match the pattern.
+
+    Raises:
+        DataError: None is read.
+    """
+    chosen: dict[str, str] = {}
     ignored: Counter[str] = Counter()
-    for id_, path in found.items():
-        kind = kind_of(id_, suffixes)
-        if id_ in saved:
+    for id_ in sorted({*found, *saved}):
+        if pattern and not _matches(id_.split("/"), pattern):
             continue
+        kind = kind_of(id_, suffixes) if id_ not in saved else ".arrow"
         if kind is None:
             ignored[PurePath(id_).suffix.lower() or "(none)"] += 1
-        else:
-            files.append(_stat_file(id_, path, kind))
-    if not files:
+        elif id_ not in saved or id_.endswith(".arrow"):
+            chosen[id_] = kind
+    if not chosen:
         seen = ", ".join(f"{ending} ({count})" for ending, count in ignored.most_common(8)) or "no files"
         raise DataError(
             "data.input",
-            f"{root} holds {seen}",
+            f"{where} holds {seen}" + (f" that match {'/'.join(pattern)}" if pattern else ""),
             f"some file has an ending that is read: {', '.join(RECORD_ENDINGS + tuple(suffixes))}, "
             "or save_to_disk of datasets wrote the folder",
-            "name another folder, or add the ending of a plain-text file to data.suffixes",
+            "a pattern names files, as in texts/**/*.md (** stands for any folders); correct it"
+            if pattern and not ignored
+            else "name another folder, or add the ending of a plain-text file to data.suffixes",
         )
-    return Listing(tuple(sorted(files, key=lambda file: file.id)), dict(sorted(ignored.items())))
+    return list(chosen.items()), dict(sorted(ignored.items()))
+
+
+def _split_pattern(path: str) -> tuple[str, list[str]]:
+    """(the folder before the first part with a wildcard, the parts of the pattern); no parts without a wildcard."""
+    parts = path.split("/")
+    first = next((place for place, part in enumerate(parts) if any(sign in part for sign in "*?[")), None)
+    if first is None:
+        return path, []
+    return "/".join(parts[:first]) or ("/" if path.startswith("/") else ""), parts[first:]
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether folders and a file match: `**` stands for any number of names, other wildcards stay within one."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or (bool(names) and _matches(names[1:], pattern))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _is_hidden(id_: str) -> bool:
+    return any(name.startswith(".") or name == "__pycache__" for name in id_.split("/"))
 
 
 def _list_file(path: Path, suffixes: tuple[str, ...]) -> Listing:
+    return Listing((_stat_file(path.name, path, _kind_of_named(str(path), path.name, suffixes)),))
+
+
+def _kind_of_named(where: str, name: str, suffixes: tuple[str, ...]) -> str:
     """A file that is named itself may also have no ending at all: it is plain text then."""
-    kind = kind_of(path.name, suffixes) or (None if path.suffix else "plain")
+    ending = PurePath(name).suffix
+    kind = kind_of(name, suffixes) or (None if ending else "plain")
     if kind is None:
         raise DataError(
             "data.input",
-            str(path),
+            where,
             f"a file has an ending that is read: {', '.join(RECORD_ENDINGS + tuple(suffixes))}",
             "name the folder that save_to_disk of datasets wrote"
-            if path.suffix == ".arrow"
-            else f"if it is plain text: data.suffixes='[\"{path.suffix}\"]'",
+            if ending == ".arrow"
+            else f"if it is plain text: data.suffixes='[\"{ending}\"]'",
         )
-    return Listing((_stat_file(path.name, path, kind),))
+    return kind
 
 
-def _saved_files(found: dict[str, Path]) -> dict[str, Path]:
+def _saved_files(found: Collection[str], read: Callable[[str], bytes]) -> set[str]:
     """The files of every saved dataset among those found: its two tables of contents and the .arrow files they name.
 
     Raises:
         DataError: A state.json cannot be read, names a file outside its folder, or an order of rows of its own.
     """
-    saved: dict[str, Path] = {}
-    for id_, path in found.items():
+    saved: set[str] = set()
+    for id_ in sorted(found):
         prefix, slash, name = id_.rpartition("/")
         beside = [f"{prefix}{slash}{other}" for other in _SAVED_DATASET]
         if name == _SAVED_DATASET[0] and beside[1] in found:
-            names = _data_files(id_, path)
-            saved |= {f"{prefix}{slash}{data_file}": path.with_name(data_file) for data_file in names}
-            saved |= {other: found[other] for other in beside}
+            saved |= {f"{prefix}{slash}{data_file}" for data_file in _data_files(id_, read)}
+            saved |= set(beside)
     return saved
 
 
-def _data_files(id_: str, path: Path) -> list[str]:
+def _data_files(id_: str, read: Callable[[str], bytes]) -> list[str]:
     """The .arrow files that a state.json names: names in its own folder, as a stranger may have written it."""
     fix = "save the dataset again with save_to_disk"
     try:
-        state: Any = json.loads(path.read_bytes())
+        state: Any = json.loads(read(id_))
         names = [entry["filename"] for entry in state["_data_files"]]
         reordered = bool(state.get("_indices_data_files"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -172,8 +267,13 @@ def _data_files(id_: str, path: Path) -> list[str]:
     return names
 
 
-def _walk(root: Path, without: frozenset[str] = frozenset({"__pycache__"})) -> Iterator[tuple[str, Path]]:
-    """Yields (relative path, path) of every visible regular file, broken links included, in no particular order."""
+def _walk(
+    root: Path, without: frozenset[str] = frozenset({"__pycache__"}), deepest: int | None = None
+) -> Iterator[tuple[str, Path]]:
+    """Yields (relative path, path) of every visible regular file, broken links included, in no particular order.
+
+    Folders below `deepest` levels under the root are not entered.
+    """
     pending: list[tuple[str, Path, frozenset[tuple[int, int]]]] = [("", root, frozenset())]
     while pending:
         prefix, folder, above = pending.pop()
@@ -183,7 +283,7 @@ def _walk(root: Path, without: frozenset[str] = frozenset({"__pycache__"})) -> I
                 continue
             path = folder / entry.name
             if entry.is_dir():
-                if _identity(path) not in inside:
+                if _identity(path) not in inside and (deepest is None or prefix.count("/") < deepest):
                     pending.append((f"{prefix}{entry.name}/", path, inside))
             elif entry.is_file() or entry.is_symlink():
                 yield f"{prefix}{entry.name}", path

@@ -6,12 +6,15 @@ kilobytes) is known before it fills memory.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import zstandard
 
 from data_pipeline.listing import InputFile
+from data_pipeline.storage import StoredObject, open_object
 from moe_dist.errors import DataError
 
 READ_BYTES = 256 * 2**10
@@ -26,6 +29,23 @@ _GZ_WITH_HEADER = 16 + zlib.MAX_WBITS
 Chunk = tuple[bytes, int]
 
 
+@contextlib.contextmanager
+def open_file(file: InputFile) -> Iterator[BinaryIO]:
+    """Opens a listed file for reading, on this machine or in its store.
+
+    Raises:
+        OSError: A file of this machine cannot be opened.
+        StorageError: An object cannot be read, or is not the one that was listed.
+    """
+    if not file.store:
+        with open(file.path, "rb") as source:
+            yield source
+        return
+    seen = StoredObject(file.path, file.size_bytes, file.mtime_ns)
+    with open_object(file.store, seen, file.version) as stored:
+        yield stored
+
+
 def chunks_of(file: InputFile) -> Iterator[Chunk]:
     """Yields the contents of a file, decompressed by its kind: parts with the bytes of the file each was made from.
 
@@ -37,7 +57,7 @@ def chunks_of(file: InputFile) -> Iterator[Chunk]:
     elif file.kind.endswith(".gz"):
         yield from _gz_chunks(file)
     else:
-        with open(file.path, "rb") as source:
+        with open_file(file) as source:
             while chunk := source.read(READ_BYTES):
                 yield chunk, len(chunk)
 
@@ -82,7 +102,7 @@ def _zst_chunks(file: InputFile) -> Iterator[Chunk]:
     """Decompresses every frame; the stream must end where a frame ends (the library's own reader does not check)."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZST_WINDOW_BYTES)
     frame, frames = None, 0
-    with open(file.path, "rb") as source:
+    with open_file(file) as source:
         while data := source.read(_ZST_FEED_BYTES):
             while data:
                 frame = frame or decompressor.decompressobj()
@@ -104,7 +124,7 @@ def _zst_chunks(file: InputFile) -> Iterator[Chunk]:
 def _gz_chunks(file: InputFile) -> Iterator[Chunk]:
     """Decompresses every member, a step of output at a time; each member's checksum is checked at its end."""
     member, members = None, 0
-    with open(file.path, "rb") as source:
+    with open_file(file) as source:
         while data := source.read(READ_BYTES):
             more = True
             while more:

@@ -19,7 +19,7 @@ from data_pipeline.documents import Document, read_documents
 from data_pipeline.holdout import HASH_RANGE, sample_hash, split_hash
 from data_pipeline.listing import InputFile
 from data_pipeline.tally import Tally, source_of
-from moe_dist.errors import DataError
+from moe_dist.errors import DataError, StorageError
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Surveyor:
             for document in read_documents(file, self.text_field):
                 self._add(found, document, source)
         except DataError as error:
-            if not self.skip_unreadable:
+            if not self.skip_unreadable or isinstance(error, StorageError):
                 raise
             return Survey(damaged={file.id}, skipped=[(file.id, _reason(error))])
         found.sample = trim(found.sample, self.sample_bytes)

@@ -1,4 +1,4 @@
-"""Text <-> ids: trains a byte-level BPE, or loads any byte-level tokenizer.json.
+"""Text <-> ids: trains a byte-level BPE, or loads any byte-level tokenizer.json, or what can be made into one.
 
 Training is deterministic: the library breaks ties between pairs by their ids, and the alphabet is given sorted. The
 text of a special token that occurs inside a document is encoded as the plain text it is, never as the token.
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as _Library
 
+from data_pipeline.rank_files import ENCODINGS, END_OF_TEXT, convert, kind_of_contents
 from moe_dist.errors import DataError
 
-END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (
     END_OF_TEXT,
     "<|end_of_text|>",
@@ -34,6 +34,7 @@ _END_NAMES = (
 )
 # GPT-2's pattern with at most three digits to a word
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_MAX_FILE_BYTES = 64 * 2**20
 _PIECE_CHARACTERS = 256 * 2**10  # longer texts are encoded in pieces that end with a line, to bound memory
 _GROUP_CHARACTERS = 4 * 2**20
 
@@ -117,21 +118,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(library.to_str(pretty=True).encode("utf-8"), "the trained tokenizer")
 
 
-def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """Loads a byte-level tokenizer.json.
+def load_tokenizer(path: str | Path, vocab_size: int, kind: str = "auto") -> Tokenizer:
+    """Loads a byte-level tokenizer.json, or makes one of a tekken.json or a tiktoken ranks file.
 
     Args:
         path: The file.
         vocab_size: Rows of the embedding, which its ids must fit.
+        kind: `data.tokenizer.kind`.
 
     Raises:
-        DataError: It cannot be read, is not byte-level, has no end-of-text token or has too many tokens.
+        DataError: It cannot be read, is of another kind, not byte-level, has no end-of-text token or too many tokens.
     """
     where = f"data.tokenizer.path={path}"
-    try:
-        tokenizer = Tokenizer(Path(path).read_bytes(), where)
-    except OSError as error:
-        raise DataError(where, error.strerror, "the tokenizer can be read", "name a tokenizer.json") from None
+    contents = read_tokenizer_file(path)
+    found = kind_of_contents(contents)
+    if found == "tiktoken" and kind == "auto":
+        near = next((name for name in ENCODINGS if name in Path(path).name), "cl100k_base")
+        rule = f"a ranks file does not say how it cuts text: its encoding is named, {', '.join(ENCODINGS)}"
+        raise DataError(where, "a tiktoken ranks file", rule, f"data.tokenizer.kind={near}")
+    if kind not in ("auto", found) and not (found == "tiktoken" and kind in ENCODINGS):
+        rule = f"the file is what data.tokenizer.kind={kind} says"
+        raise DataError(where, f"contents of a {found} file", rule, "data.tokenizer.kind=auto")
+    if found != "tokenizer.json":
+        contents = convert(contents, found if kind == "auto" else kind, where)
+    tokenizer = Tokenizer(contents, where)
     if tokenizer.size > vocab_size:
         raise DataError(
             where,
@@ -140,6 +150,24 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
             f"model.vocab_size={tokenizer.size}, or a smaller tokenizer",
         )
     return tokenizer
+
+
+def read_tokenizer_file(path: str | Path) -> bytes:
+    """The contents of a tokenizer's file, whatever its kind.
+
+    Raises:
+        DataError: It cannot be read, or is far too large for one.
+    """
+    where = f"data.tokenizer.path={path}"
+    try:
+        with open(path, "rb") as file:
+            contents = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise DataError(where, error.strerror, "the tokenizer can be read", "name a tokenizer.json") from None
+    if len(contents) > _MAX_FILE_BYTES:
+        found, rule = f"more than {_MAX_FILE_BYTES:,} bytes", "a tokenizer is smaller"
+        raise DataError(where, found, rule, "name a tokenizer.json")
+    return contents
 
 
 def _parse(file_bytes: bytes, where: str) -> _Library:

@@ -159,7 +159,9 @@ def data_build(
 ) -> None:
     """Turn raw text into shards; done already when the same text was built before.
 
-    Example: moe-dist data build configs/demo.yaml data.input=/data/my-text
+    The input is a folder, a file, a pattern such as 'texts/**/*.md', or one of these on an object store.
+
+    Example: moe-dist data build configs/demo.yaml data.input=s3://bucket/texts
     """
     checked = load_config(config, overrides or ())
     from launch.progress import open_display

@@ -68,9 +68,11 @@ def prepare(config: Config, again: bool) -> dict[str, Any] | None:
 
 def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths, for processes that have another working directory."""
+    from data_pipeline.storage import is_url
+
     run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
     data: dict[str, Any] = {"dir": os.path.abspath(config.data.dir)}
-    if config.data.input != "python-library":
+    if config.data.input != "python-library" and not is_url(config.data.input):
         data["input"] = os.path.abspath(config.data.input)
     if config.data.tokenizer.path is not None:
         path = os.path.abspath(config.data.tokenizer.path)

@@ -39,6 +39,10 @@ class DataError(MoeDistError):
     """Input text, a tokenizer or a shard that is missing, unreadable or damaged."""
 
 
+class StorageError(DataError):
+    """Storage of the input that does not answer, refuses, or changes under the reader; no `skip` passes over it."""
+
+
 class LayoutError(MoeDistError):
     """A parallel layout that this number of ranks or this model cannot take."""
 

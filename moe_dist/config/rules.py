@@ -32,6 +32,10 @@ def broken_rules(config: Config) -> Iterator[ConfigError]:
 
 
 def _data_rules(config: Config) -> Iterator[ConfigError]:
+    tokenizer = config.data.tokenizer
+    if tokenizer.path is None and tokenizer.kind != "auto":
+        rule = "without data.tokenizer.path a tokenizer is trained, which has no other kind"
+        yield ConfigError("data.tokenizer.kind", tokenizer.kind, rule, "data.tokenizer.kind=auto, or name a path")
     for name in config.data.clean.rules:
         if name not in QUALITY_RULES:
             nearest = difflib.get_close_matches(name, QUALITY_RULES, n=1, cutoff=0.0)[0]

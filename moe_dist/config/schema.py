@@ -31,7 +31,16 @@ class RunConfig(Section):
 
 
 class TokenizerConfig(Section):
-    path: str | None = key(None, "A tokenizer.json to use; null trains a byte-level BPE on the input.", "path")
+    path: str | None = key(
+        None,
+        "A tokenizer.json, tekken.json or tiktoken ranks file to use; null trains a byte-level BPE on the input.",
+        "path",
+    )
+    kind: Literal["auto", "tokenizer.json", "tekken", "gpt2", "cl100k_base", "o200k_base"] = key(
+        "auto",
+        "What `path` is: told by its contents, or as named. A tiktoken ranks file does not say how it cuts text, so "
+        "its encoding must be named.",
+    )
     train_bytes: int = key(16_000_000, "The tokenizer is trained on at most this much text.", "bytes", ge=1_000)
 
 
@@ -68,7 +77,8 @@ class DataConfig(Section):
     input: str = key(
         "python-library",
         "A folder or file (.txt .md .py ..., .jsonl, .jsonl.zst, .jsonl.gz, .parquet), a folder that save_to_disk of "
-        "datasets wrote, or `python-library`: the sources of the interpreter's own library.",
+        "datasets wrote, a pattern of files (texts/**/*.md), any of them on an object store (s3://bucket/texts), or "
+        "`python-library`: the sources of the interpreter's own library.",
         "path",
     )
     dir: str = key("runs/data", "Where built shards go, each build in a folder named by its fingerprint.", "path")

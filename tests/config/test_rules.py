@@ -28,6 +28,10 @@ def hashed(**changed: object) -> dict:
 # The broken keys, then what the error must say: key, value, a part of the rule, and the whole fix.
 BROKEN = [
     (
+        {"data": {"tokenizer": {"kind": "gpt2"}}},
+        ("data.tokenizer.kind", "gpt2", "a tokenizer is trained", "data.tokenizer.kind=auto, or name a path"),
+    ),
+    (
         {"data": {"clean": {"rules": ["gopher_stop_words", "gopher_symbol"]}}},
         ("data.clean.rules", "gopher_symbol", "c4_javascript", "data.clean.rules=[gopher_symbols]"),
     ),

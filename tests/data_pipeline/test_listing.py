@@ -72,3 +72,35 @@ def test_listing_single_file_needs_a_known_ending_or_none(tmp_path: Path) -> Non
     with pytest.raises(DataError) as caught:
         list_input(str(tmp_path / "a.dat"), SUFFIXES)
     assert ".dat" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ids"),
+    [
+        ("*.txt", ["a.txt"]),
+        ("**/*.txt", ["a.txt", "sub/b.txt", "sub/deep/c.txt"]),
+        ("sub/*", ["b.txt", "c.py"]),
+        ("s?b/**", ["sub/b.txt", "sub/c.py", "sub/deep/c.txt"]),
+        ("**/deep/*.txt", ["sub/deep/c.txt"]),
+        ("*/[!bd].*", ["sub/c.py"]),
+        ("[[]x]/*.py", ["[x]/d.py"]),
+        ("[x]", ["d.py"]),
+    ],
+)
+def test_listing_pattern_chooses_files_below_its_first_wildcard(tmp_path: Path, pattern: str, ids: list[str]) -> None:
+    for name in ("a.txt", "sub/b.txt", "sub/c.py", "sub/deep/c.txt", "sub/.hidden/d.txt", "[x]/d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert _ids(f"{tmp_path}/{pattern}") == ids
+    if not pattern.startswith("[") and "/**" not in pattern:
+        assert _ids(f"file://{tmp_path}/{pattern}") == ids
+
+
+def test_listing_pattern_that_matches_nothing_says_how_patterns_are_written(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"no files that match \*\.md") as caught:
+        list_input(f"{tmp_path}/*.md", SUFFIXES)
+    assert "**" in caught.value.fix
+    (tmp_path / "b.dat").write_text("x")
+    with pytest.raises(DataError, match=r"\.dat \(1\)"):
+        list_input(f"{tmp_path}/*.dat", SUFFIXES)

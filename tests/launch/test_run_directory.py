@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.run_directory import changed_keys, prepare
+from launch.run_directory import changed_keys, prepare, resolve_paths
 from moe_dist.config import Config, parse_config
 from moe_dist.errors import ConfigError
 
@@ -84,3 +84,9 @@ def test_changed_keys_unreadable_config_is_a_named_error(tmp_path: Path) -> None
     (tmp_path / "run" / "config.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="valid YAML"):
         changed_keys(config)
+
+
+def test_resolve_paths_leaves_urls_and_names_of_inputs_as_they_are(tmp_path: Path) -> None:
+    for given in ("s3://bucket/texts/**/*.md", "python-library"):
+        assert resolve_paths(config_of(tmp_path, data={"input": given})).data.input == given
+    assert Path(resolve_paths(config_of(tmp_path, data={"input": "texts"})).data.input).is_absolute()
