@@ -34,6 +34,7 @@ class Encoder:
         shard_bytes: A shard is closed when it holds this much text.
         vocab_size: `model.vocab_size`.
         cleaner: Cleans each document, as it did in the survey.
+        scratch: Folder for shards that are being written; by default where they go.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Encoder:
     shard_bytes: int
     vocab_size: int
     cleaner: Cleaner = field(default_factory=Cleaner)
+    scratch: Path | None = None
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -106,7 +108,8 @@ class _ItemShards:
         split = "heldout" if split_hash(document.id) < self._encoder.cut else "train"
         if split not in self._open:
             name = f"{split}-{self._index:06d}-{len(self._done[split]):04d}.arrow"
-            self._open[split] = ShardWriter(self._encoder.folder / name, self._encoder.vocab_size)
+            encoder = self._encoder
+            self._open[split] = ShardWriter(encoder.folder / name, encoder.vocab_size, encoder.scratch)
         self._open[split].add(ids, document.num_bytes)
         if self._open[split].text_bytes >= self._encoder.shard_bytes:
             self._done[split].append(self._open.pop(split).close())
