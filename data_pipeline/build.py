@@ -14,8 +14,9 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ from data_pipeline.manifest import (
     Manifest,
     read_manifest,
 )
-from data_pipeline.once import Done, EncodeOnce, SurveyOnce
+from data_pipeline.once import Done, EncodeOnce, Progress, SurveyOnce
 from data_pipeline.survey import (
     Sampled,
     Survey,
@@ -46,6 +47,7 @@ from data_pipeline.survey import (
     training_texts,
     trim,
 )
+from data_pipeline.threads import in_threads
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data_pipeline.work import WorkFolder, sweep, work_folder
 from moe_dist.config import Config
@@ -53,31 +55,8 @@ from moe_dist.config.schema import DataConfig
 from moe_dist.errors import DataError
 
 T = TypeVar("T")
+_ITEMS_AT_ONCE = 2  # that are encoded in this process: while one is read or closed, the other keeps the cores busy
 _MAX_TASKS = 1000  # Ray tasks of one pass; more items than that share tasks
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage of a build is.
-
-    Attributes:
-        stage: `read text`, `train tokenizer` or `write shards`.
-        done: Bytes of input done.
-        total: Bytes in all.
-        found: Bytes of `done` that an earlier run had done.
-        tokens: Tokens written by this run.
-    """
-
-    stage: str
-    done: int
-    total: int
-    found: int = 0
-    tokens: int = 0
-
-    def after(self, size_bytes: int, done: Done[Any]) -> Progress:
-        """The progress with one more item."""
-        found = self.found + (size_bytes if done.was_there else 0)
-        return replace(self, done=self.done + size_bytes, found=found, tokens=self.tokens + done.new_tokens)
 
 
 def build(config: Config, use_ray: bool, progress: Callable[[Progress], None] | None = None) -> Path:
@@ -177,6 +156,7 @@ class _Build:
     use_ray: bool
     progress: Callable[[Progress], None]
     work: WorkFolder
+    stop: threading.Event = field(default_factory=threading.Event)  # set when the plain path gives up
 
     def survey(self, items: list[WorkItem]) -> tuple[Survey, list[WorkItem]]:
         """First pass; finds what is unreadable before any work is spent. Returns the items of the second pass too."""
@@ -216,16 +196,29 @@ class _Build:
         """The second pass's work on one item."""
         data, work = self.data, self.work
         settings = (data.text_field, self._skips, cut, data.shard_bytes, self.config.model.vocab_size)
-        return EncodeOnce(Encoder(work.build, *settings, self.cleaner, work.scratch), work, tokenizer.sha256)
+        is_stopped = None if self.use_ray else self.stop.is_set
+        encoder = Encoder(work.build, *settings, self.cleaner, work.scratch, is_stopped)
+        return EncodeOnce(encoder, work, tokenizer.sha256)
 
-    def run(self, stage: str, work: Callable[[WorkItem], Done[T]], items: list[WorkItem]) -> Iterator[tuple[int, T]]:
-        """Does the work on every item; yields (index of the item, result) as they are done."""
+    def run(
+        self, stage: str, work: Callable[[WorkItem], Done[T]], items: list[WorkItem], at_once: int = 1
+    ) -> Iterator[tuple[int, T]]:
+        """Does the work on every item; yields (index of the item, result) as they are done.
+
+        Args:
+            stage: Its name.
+            work: What is done.
+            items: All items of the build.
+            at_once: Items at work at the same time on the plain path.
+        """
         step = Progress(stage, 0, sum(item.size_bytes for item in items))
         self.progress(step)
-        for index, done in _on_ray(work, items) if self.use_ray else _here(work, items):
-            step = step.after(items[index].size_bytes, done)
-            self.progress(step)
-            yield index, done.result
+        results = _on_ray(work, items) if self.use_ray else in_threads(work, items, at_once, self.stop)
+        with contextlib.closing(results):
+            for index, done in results:
+                step = step.after(items[index].size_bytes, done)
+                self.progress(step)
+                yield index, done.result
 
     @property
     def data(self) -> DataConfig:
@@ -277,7 +270,7 @@ def _write(run: _Build, name: str, created_from: dict[str, Any]) -> None:
     tokenizer = run.tokenizer(found, cut)
     run.work.put(TOKENIZER_NAME, tokenizer.file_bytes)
     found.sample.clear()
-    rows = dict(run.run("write shards", run.encode(tokenizer, cut), items))
+    rows = dict(run.run("write shards", run.encode(tokenizer, cut), items, _ITEMS_AT_ONCE))
     cleaned = run.cleaner.is_on or run.data.dedup.exact
     manifest = Manifest(
         version=CLEANED_VERSION if cleaned else FORMAT_VERSION,
@@ -309,12 +302,7 @@ def _check_documents(run: _Build, found: Survey) -> None:
     )
 
 
-def _here(work: Callable[[WorkItem], Any], items: list[WorkItem]) -> Iterator[tuple[int, Any]]:
-    for item in items:
-        yield item.index, work(item)
-
-
-def _on_ray(work: Callable[[WorkItem], Any], items: list[WorkItem]) -> Iterator[tuple[int, Any]]:
+def _on_ray(work: Callable[[WorkItem], Any], items: list[WorkItem]) -> Generator[tuple[int, Any], None, None]:
     """Runs tasks, at most one per CPU; an error comes back as a value, since a raising record would fail Ray's job."""
     import ray
     import ray.data

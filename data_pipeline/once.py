@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from data_pipeline.encode import Encoder
@@ -33,6 +33,30 @@ class Done(Generic[T]):
     result: T
     was_there: bool
     new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage of a build is.
+
+    Attributes:
+        stage: `read text`, `train tokenizer` or `write shards`.
+        done: Bytes of input done.
+        total: Bytes in all.
+        found: Bytes of `done` that an earlier run had done.
+        tokens: Tokens written by this run.
+    """
+
+    stage: str
+    done: int
+    total: int
+    found: int = 0
+    tokens: int = 0
+
+    def after(self, size_bytes: int, done: Done[Any]) -> Progress:
+        """The progress with one more item."""
+        found = self.found + (size_bytes if done.was_there else 0)
+        return replace(self, done=self.done + size_bytes, found=found, tokens=self.tokens + done.new_tokens)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from launch.progress import Display
 
 if TYPE_CHECKING:
-    from data_pipeline.build import Progress
+    from data_pipeline.once import Progress
 
 
 class BuildProgress:

@@ -10,7 +10,8 @@ import dataclasses
 import json
 import sys
 
-from data_pipeline.build import Progress, build
+from data_pipeline.build import build
+from data_pipeline.once import Progress
 from moe_dist.config import Config, parse_config
 
 

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_pipeline.build import Progress, build, open_tokenizer
+from data_pipeline.build import build, open_tokenizer
 from data_pipeline.holdout import split_hash
 from data_pipeline.manifest import SPLITS, read_manifest
+from data_pipeline.once import Progress
 from data_pipeline.shards import TokenSplit
 from moe_dist.config import Config, parse_config
 from moe_dist.errors import DataError

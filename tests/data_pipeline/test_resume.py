@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.build import Progress, build
+from data_pipeline.build import build
+from data_pipeline.once import Progress
 from data_pipeline.work import WorkFolder, work_folder
 from moe_dist.config import Config, parse_config
 from moe_dist.errors import DataError
@@ -156,9 +157,10 @@ def test_build_started_again_does_only_what_is_not_done_and_says_so(
 ) -> None:
     config = _configure(texts, tmp_path)
     work = _stop_after(config, 40)
-    shards = [path for path in work.build.iterdir() if path.suffix == ".arrow"]
-    assert len(shards) > 5
-    before = {path.name: path.stat().st_ino for path in shards}
+    recorded = [json.loads(path.read_bytes()[65:]) for path in work.path.glob("shards-*")]
+    names = {row["file"] for splits in recorded for rows in splits.values() for row in rows}
+    assert len(names) > 5
+    before = {name: (work.build / name).stat().st_ino for name in names}
     folder, last = _go_on(config)
     assert _files(folder) == _files(undisturbed)
     assert {name: (folder / name).stat().st_ino for name in before} == before

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.build import Progress
+from data_pipeline.once import Progress
 from launch.build_progress import BuildProgress
 from launch.progress import PROGRESS_FILE, Clock, PlainDisplay, duration, follow, open_display
 from launch.report import print_report
