@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +66,14 @@ class Tokenizer:
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """The same with end-of-text after each."""
         pieces = [(number, piece) for number, text in enumerate(texts) for piece in _pieces(text)]
-        parts: list[list[int]] = [[] for _ in texts]
+        parts: list[list[list[int]]] = [[] for _ in texts]
         for group in _groups(pieces):
             encoded = self._library.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             for (number, _), encoding in zip(group, encoded, strict=True):
-                parts[number] += encoding.ids
-        end = [self.end_of_text]
-        return [np.fromiter(chain(part, end), dtype=np.int32, count=len(part) + 1) for part in parts]
+                parts[number].append(encoding.ids)
+        for part in parts:
+            part[-1].append(self.end_of_text)
+        return [np.concatenate([np.fromiter(ids, np.int32, len(ids)) for ids in part]) for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens by their name; bytes that are not UTF-8 become U+FFFD."""

@@ -38,6 +38,7 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.once import Progress
 from data_pipeline.tokenizer import train_tokenizer
 from moe_dist.config import Config, parse_config
+from tests.benchmarks.allocator import restart_with_kept_blocks
 from tests.benchmarks.options import parser_of
 
 VOCABULARY, THREADS = 8192, 2  # of the library, unless RAYON_NUM_THREADS says another number
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--input", default=PYTHON_LIBRARY, help="a folder or file of text; the interpreter's library")
     parser.add_argument("--megabytes", type=float, default=12, help="of text")
     options = parser.parse_args()
+    restart_with_kept_blocks()
     os.environ.setdefault("RAYON_NUM_THREADS", str(THREADS))
     with tempfile.TemporaryDirectory() as folder:
         corpus = corpus_of(options.input, int(options.megabytes * 1e6), Path(folder))
