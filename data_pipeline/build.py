@@ -1,26 +1,24 @@
 """Raw text -> a folder of shards, in two passes over work items, on Ray or in this process; both write the same bytes.
 
-`<data.dir>/<fingerprint>` appears by one rename when it is whole. Builders of the same input do not wait for each
-other: each writes a private folder beside it, and all but the first throw theirs away. With Ray on several machines,
-`data.input` and `data.dir` must be on storage that all of them see; only the input may be an object store.
+`<data.dir>/<fingerprint>` appears by one rename when it is whole. Until then the work lies in a folder beside it, from
+which a build that was killed goes on (work.py). Builders of the same input share that folder and do not wait for each
+other: the first gives the build its name. With Ray on several machines, `data.input` and `data.dir` must be on storage
+that all of them see; only the input may be an object store.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import pickle
-import shutil
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.clean import Cleaner
 from data_pipeline.dedup import PRINT_BYTES
@@ -34,10 +32,9 @@ from data_pipeline.manifest import (
     SPLITS,
     TOKENIZER_NAME,
     Manifest,
-    fsync_folder,
     read_manifest,
-    write_manifest,
 )
+from data_pipeline.once import Done, EncodeOnce, Progress, SurveyOnce
 from data_pipeline.rank_files import ENCODINGS
 from data_pipeline.survey import (
     Sampled,
@@ -51,23 +48,25 @@ from data_pipeline.survey import (
     training_texts,
     trim,
 )
+from data_pipeline.threads import in_threads
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
+from data_pipeline.work import WorkFolder, sweep, work_folder
 from moe_dist.config import Config
+from moe_dist.config.schema import DataConfig
 from moe_dist.errors import DataError
 
-Progress = Callable[[str, int, int], None]
-_STALE_SECONDS = 24 * 3600
+T = TypeVar("T")
+_ITEMS_AT_ONCE = 2  # that are encoded in this process: while one is read or closed, the other keeps the cores busy
 _MAX_TASKS = 1000  # Ray tasks of one pass; more items than that share tasks
 
 
-def build(config: Config, use_ray: bool, progress: Progress | None = None) -> Path:
+def build(config: Config, use_ray: bool, progress: Callable[[Progress], None] | None = None) -> Path:
     """Builds the data of a configuration, unless it is there already.
 
     Args:
         config: `data.*` and `model.vocab_size` are used.
         use_ray: Spread the work over the Ray cluster that the caller has connected to.
-        progress: Called with (stage, bytes of input done, bytes in all) for the stages `read text`, `train tokenizer`
-            and `write shards`.
+        progress: Called at the beginning of each stage and after each work item.
 
     Returns:
         The folder of the build.
@@ -80,13 +79,8 @@ def build(config: Config, use_ray: bool, progress: Progress | None = None) -> Pa
     name = fingerprint(listing, created_from)
     folder = Path(config.data.dir) / name
     if not (folder / MANIFEST_NAME).is_file():
-        run = _Build(config, listing, use_ray, progress or _silent)
-        try:
-            _build_beside(run, folder, created_from)
-        except OSError as error:
-            raise DataError(
-                f"data.dir={config.data.dir}", error, "shards can be written", "free space, or set data.dir"
-            ) from None
+        work, given = work_folder(folder), _given_tokenizer(config)
+        _build_or_find(_Build(config, listing, use_ray, progress or _silent, work, given), folder, created_from)
     check_rows(read_manifest(folder), config.data.sequence_length_tokens)
     return folder
 
@@ -156,16 +150,23 @@ def _created_from(config: Config) -> dict[str, Any]:
     }
 
 
+def _given_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer that the configuration names, proven usable before any work is spent."""
+    asked = config.data.tokenizer
+    return None if asked.path is None else load_tokenizer(asked.path, config.model.vocab_size, asked.kind)
+
+
+@dataclass(frozen=True)
 class _Build:
     """What the stages of one build share."""
 
-    def __init__(self, config: Config, listing: Listing, use_ray: bool, progress: Progress) -> None:
-        self.config, self.data, self.listing = config, config.data, listing
-        self.use_ray, self.progress = use_ray, progress
-        self.cleaner = Cleaner(config.data.clean)
-        self.given: Tokenizer | None = None  # looked at before any work is spent
-        if self.data.tokenizer.path is not None:
-            self.given = load_tokenizer(self.data.tokenizer.path, config.model.vocab_size, self.data.tokenizer.kind)
+    config: Config
+    listing: Listing
+    use_ray: bool
+    progress: Callable[[Progress], None]
+    work: WorkFolder
+    given: Tokenizer | None  # looked at before any work is spent
+    stop: threading.Event = field(default_factory=threading.Event)  # set when the plain path gives up
 
     def survey(self, items: list[WorkItem]) -> tuple[Survey, list[WorkItem]]:
         """First pass; finds what is unreadable before any work is spent. Returns the items of the second pass too."""
@@ -174,7 +175,7 @@ class _Build:
         surveyor = Surveyor(self.data.text_field, self._skips, wanted, total_bytes, self.cleaner, finds)
         parts: dict[int, Survey] = {}
         sample: list[Sampled] = []
-        for index, part in self.run("read text", surveyor, items):
+        for index, part in self.run("read text", SurveyOnce(surveyor, self.work), items):
             sample = trim(sample + part.sample, 2 * wanted)
             part.sample = []
             parts[index] = part
@@ -189,56 +190,97 @@ class _Build:
         """The given tokenizer, or one trained on the sample's training documents."""
         if self.given is not None:
             return self.given
-        total = self.listing.size_bytes
-        self.progress("train tokenizer", 0, total)
-        texts = training_texts(found.sample, cut, self.data.tokenizer.train_bytes)
-        tokenizer = train_tokenizer(texts, self.config.model.vocab_size)
-        self.progress("train tokenizer", total, total)
+        stage, total, basis = "train tokenizer", self.listing.size_bytes, str(cut).encode("ascii")
+        self.progress(Progress(stage, 0, total))
+        kept = self.work.kept("tokenizer", basis)
+        if kept is not None:
+            tokenizer = Tokenizer(kept, "the trained tokenizer")
+        else:
+            texts = training_texts(found.sample, cut, self.data.tokenizer.train_bytes)
+            tokenizer = train_tokenizer(texts, self.config.model.vocab_size)
+            self.work.keep("tokenizer", tokenizer.file_bytes, basis)
+        self.progress(Progress(stage, total, total, total if kept is not None else 0))
         return tokenizer
 
-    def encoder(self, folder: Path, cut: int) -> Encoder:
+    def encode(self, tokenizer: Tokenizer, cut: int) -> EncodeOnce:
         """The second pass's work on one item."""
-        data = self.data
-        vocab_size = self.config.model.vocab_size
-        return Encoder(folder, data.text_field, self._skips, cut, data.shard_bytes, vocab_size, self.cleaner)
+        data, work = self.data, self.work
+        settings = (data.text_field, self._skips, cut, data.shard_bytes, self.config.model.vocab_size)
+        is_stopped = None if self.use_ray else self.stop.is_set
+        encoder = Encoder(work.build, *settings, self.cleaner, work.scratch, is_stopped)
+        return EncodeOnce(encoder, work, tokenizer.sha256)
 
-    def run(self, stage: str, work: Callable[[WorkItem], Any], items: list[WorkItem]) -> Iterator[tuple[int, Any]]:
-        """Does the work on every item; yields (index of the item, result) as they are done."""
-        total, done = sum(item.size_bytes for item in items), 0
-        self.progress(stage, 0, total)
-        for index, result in _on_ray(work, items) if self.use_ray else _here(work, items):
-            done += items[index].size_bytes
-            self.progress(stage, done, total)
-            yield index, result
+    def run(
+        self, stage: str, work: Callable[[WorkItem], Done[T]], items: list[WorkItem], at_once: int = 1
+    ) -> Iterator[tuple[int, T]]:
+        """Does the work on every item; yields (index of the item, result) as they are done.
+
+        Args:
+            stage: Its name.
+            work: What is done.
+            items: All items of the build.
+            at_once: Items at work at the same time on the plain path.
+        """
+        step = Progress(stage, 0, sum(item.size_bytes for item in items))
+        self.progress(step)
+        results = _on_ray(work, items) if self.use_ray else in_threads(work, items, at_once, self.stop)
+        with contextlib.closing(results):
+            for index, done in results:
+                step = step.after(items[index].size_bytes, done)
+                self.progress(step)
+                yield index, done.result
+
+    @property
+    def data(self) -> DataConfig:
+        return self.config.data
+
+    @property
+    def cleaner(self) -> Cleaner:
+        return Cleaner(self.data.clean)
 
     @property
     def _skips(self) -> bool:
         return self.data.unreadable == "skip"
 
 
-def _build_beside(run: _Build, folder: Path, created_from: dict[str, Any]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
-    private = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.partial")
-    private.mkdir()
+def _build_or_find(run: _Build, folder: Path, created_from: dict[str, Any]) -> None:
+    """Builds, unless another builder of the same input is first: then what they share is gone, and its build is there.
+
+    After an error the working folder stays: what is done may serve the next try, and a day later it is swept.
+    """
     try:
-        _write(run, private.absolute(), folder.name, created_from)
-        _publish(private, folder)
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
+        _build_beside(run, folder, created_from)
+    except (OSError, DataError) as error:
+        if not (folder / MANIFEST_NAME).is_file():
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"data.dir={run.data.dir}",
+                error,
+                "shards can be written",
+                "free space and build again: it goes on from what is done; or set data.dir",
+            ) from None
+    run.work.remove()
 
 
-def _write(run: _Build, folder: Path, name: str, created_from: dict[str, Any]) -> None:
-    """Writes a whole build into a private folder, the manifest last."""
+def _build_beside(run: _Build, folder: Path, created_from: dict[str, Any]) -> None:
+    """Makes the build in its working folder and gives it its name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent, run.work)
+    run.work.open()
+    _write(run, folder.name, created_from)
+    run.work.publish(folder)
+
+
+def _write(run: _Build, name: str, created_from: dict[str, Any]) -> None:
+    """Writes a whole build into the working folder, the manifest last."""
     found, items = run.survey(plan_items(run.listing.files, run.data.shard_bytes))
     _check_documents(run, found)
     cut = holdout_cut(run.data.holdout_fraction, found.lowest_hash)
     tokenizer = run.tokenizer(found, cut)
-    tokenizer.save(folder / TOKENIZER_NAME)
+    run.work.put(TOKENIZER_NAME, tokenizer.file_bytes)
     found.sample.clear()
-    rows = dict(run.run("write shards", run.encoder(folder, cut), items))
-    for leftover in folder.glob(".*"):
-        leftover.unlink()
+    rows = dict(run.run("write shards", run.encode(tokenizer, cut), items, _ITEMS_AT_ONCE))
     cleaned = run.cleaner.is_on or run.data.dedup.exact
     manifest = Manifest(
         version=CLEANED_VERSION if cleaned else FORMAT_VERSION,
@@ -253,7 +295,7 @@ def _write(run: _Build, folder: Path, name: str, created_from: dict[str, Any]) -
         ignored_endings=run.listing.ignored_endings,
         cleaning=found.tally.tree() if cleaned else None,
     )
-    write_manifest(folder, manifest)
+    run.work.finish(manifest)
 
 
 def _check_documents(run: _Build, found: Survey) -> None:
@@ -270,36 +312,7 @@ def _check_documents(run: _Build, found: Survey) -> None:
     )
 
 
-def _publish(private: Path, folder: Path) -> None:
-    """Gives the build its name. Who comes second keeps the first one's; a folder without manifest is moved away."""
-    try:
-        os.rename(private, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if (folder / MANIFEST_NAME).is_file():
-            return
-        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.partial")
-        os.rename(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(private, folder)
-    fsync_folder(folder.parent)
-
-
-def _sweep(parent: Path) -> None:
-    """Removes what builders that were killed left behind, once it is a day old."""
-    for left in parent.glob(".*.partial"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _here(work: Callable[[WorkItem], Any], items: list[WorkItem]) -> Iterator[tuple[int, Any]]:
-    for item in items:
-        yield item.index, work(item)
-
-
-def _on_ray(work: Callable[[WorkItem], Any], items: list[WorkItem]) -> Iterator[tuple[int, Any]]:
+def _on_ray(work: Callable[[WorkItem], Any], items: list[WorkItem]) -> Generator[tuple[int, Any], None, None]:
     """Runs tasks, at most one per CPU; an error comes back as a value, since a raising record would fail Ray's job."""
     import ray
     import ray.data
@@ -342,5 +355,5 @@ def _quiet(data: Any) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    del stage, done, total
+def _silent(step: Progress) -> None:
+    del step

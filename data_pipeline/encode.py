@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +21,7 @@ from data_pipeline.survey import WorkItem
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from moe_dist.errors import DataError
 
+_Encoded = tuple[list[Document], list[NDArray[np.int32]]]
 _BATCH_BYTES = 2**20  # text that is encoded at once
 
 
@@ -34,6 +37,8 @@ class Encoder:
         shard_bytes: A shard is closed when it holds this much text.
         vocab_size: `model.vocab_size`.
         cleaner: Cleans each document, as it did in the survey.
+        scratch: Folder for shards that are being written; by default where they go.
+        is_stopped: Asked before each batch; where it says yes, the item is given up.
     """
 
     folder: Path
@@ -43,6 +48,8 @@ class Encoder:
     shard_bytes: int
     vocab_size: int
     cleaner: Cleaner = field(default_factory=Cleaner)
+    scratch: Path | None = None
+    is_stopped: Callable[[], bool] | None = None
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -54,16 +61,36 @@ class Encoder:
         Raises:
             DataError: A file changed since the survey.
             OSError: A shard cannot be written.
+            CancelledError: It was stopped.
         """
         output = _ItemShards(self, item.index)
         try:
-            for batch in _batches(self._documents(item)):
-                for document, ids in zip(batch, self._tokenizer.encode_batch([d.text for d in batch]), strict=True):
-                    output.add(document, np.append(ids, np.int32(self._tokenizer.end_of_text)))
+            with closing(self._encoded(_batches(self._documents(item)))) as batches:
+                for batch, encoded in batches:
+                    for document, ids in zip(batch, encoded, strict=True):
+                        output.add(document, ids)
             return output.close()
         except BaseException:
             output.discard()
             raise
+
+    def _encoded(self, batches: Iterator[list[Document]]) -> Generator[_Encoded, None, None]:
+        """Yields each batch with the ids of its documents, end-of-text included.
+
+        The library works without the interpreter's lock: meanwhile this thread reads what comes next, and packs,
+        compresses and hashes what is done.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            earlier: tuple[list[Document], Future[list[NDArray[np.int32]]]] | None = None
+            for batch in batches:
+                if self.is_stopped is not None and self.is_stopped():
+                    raise CancelledError
+                at_work = (batch, pool.submit(self._tokenizer.encode_documents, [d.text for d in batch]))
+                if earlier is not None:
+                    yield earlier[0], earlier[1].result()
+                earlier = at_work
+            if earlier is not None:
+                yield earlier[0], earlier[1].result()
 
     def _documents(self, item: WorkItem) -> Iterator[Document]:
         """Documents that are no copies of an earlier one."""
@@ -106,7 +133,8 @@ class _ItemShards:
         split = "heldout" if split_hash(document.id) < self._encoder.cut else "train"
         if split not in self._open:
             name = f"{split}-{self._index:06d}-{len(self._done[split]):04d}.arrow"
-            self._open[split] = ShardWriter(self._encoder.folder / name, self._encoder.vocab_size)
+            encoder = self._encoder
+            self._open[split] = ShardWriter(encoder.folder / name, encoder.vocab_size, encoder.scratch)
         self._open[split].add(ids, document.num_bytes)
         if self._open[split].text_bytes >= self._encoder.shard_bytes:
             self._done[split].append(self._open.pop(split).close())

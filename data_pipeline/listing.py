@@ -108,6 +108,11 @@ def kind_of(name: str, suffixes: tuple[str, ...]) -> str | None:
     return "plain" if lower.endswith(tuple(suffix.lower() for suffix in suffixes)) else None
 
 
+def is_unchanged(file: InputFile) -> bool:
+    """Whether a file has the size and time that it was listed with; reading an object proves that by itself."""
+    return bool(file.store) or _stat_file(file.id, Path(file.path), file.kind) == file
+
+
 def _list_library() -> Listing:
     root = Path(sysconfig.get_path("stdlib"))
     files = [_stat_file(id_, path, "plain") for id_, path in _walk(root, _NOT_LIBRARY) if id_.endswith(".py")]

@@ -35,14 +35,15 @@ class ShardWriter:
     Args:
         path: Where the shard will be.
         vocab_size: Decides the width of an id.
+        scratch: Folder of the same disk for the temporary file; by default the shard's own.
     """
 
-    def __init__(self, path: Path, vocab_size: int) -> None:
+    def __init__(self, path: Path, vocab_size: int, scratch: Path | None = None) -> None:
         self.path = path
         self.text_bytes = self.documents = self.tokens = 0
         self._dtype = np.uint16 if vocab_size <= 2**16 else np.int32
         self._schema = pa.schema([pa.field("tokens", pa.from_numpy_dtype(self._dtype), nullable=False)])
-        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        self._temporary = (scratch or path.parent) / f".{path.name}.{uuid.uuid4().hex}"
         self._pending: list[NDArray[np.int32]] = []
         self._pending_tokens = 0
         self._tokens_hash = hashlib.sha256()

@@ -62,13 +62,19 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Ids of each text, as `encode` gives them; uses the library's threads and bounded memory."""
+        return [ids[:-1] for ids in self.encode_documents(texts)]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """The same with end-of-text after each."""
         pieces = [(number, piece) for number, text in enumerate(texts) for piece in _pieces(text)]
-        parts: list[list[NDArray[np.int32]]] = [[] for _ in texts]
+        parts: list[list[list[int]]] = [[] for _ in texts]
         for group in _groups(pieces):
             encoded = self._library.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             for (number, _), encoding in zip(group, encoded, strict=True):
-                parts[number].append(np.asarray(encoding.ids, dtype=np.int32))
-        return [np.concatenate(part) for part in parts]
+                parts[number].append(encoding.ids)
+        for part in parts:
+            part[-1].append(self.end_of_text)
+        return [np.concatenate([np.fromiter(ids, np.int32, len(ids)) for ids in part]) for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens by their name; bytes that are not UTF-8 become U+FFFD."""

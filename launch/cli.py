@@ -159,7 +159,8 @@ def data_build(
 ) -> None:
     """Turn raw text into shards; done already when the same text was built before.
 
-    The input is a folder, a file, a pattern such as 'texts/**/*.md', or one of these on an object store.
+    The input is a folder, a file, a pattern such as 'texts/**/*.md', or one of these on an object store. Killed or
+    stopped, the same command goes on from the files and shards that are done.
 
     Example: moe-dist data build configs/demo.yaml data.input=s3://bucket/texts
     """
@@ -347,8 +348,9 @@ def _check_layout(config: Config, ranks: int) -> None:
 
 def _build(config: Config, use_ray: bool, display: Display) -> Path:
     from data_pipeline.build import build
+    from launch.build_progress import BuildProgress
 
-    return build(config, use_ray, lambda stage, done, total: display.update(stage, done, total, unit="bytes"))
+    return build(config, use_ray, BuildProgress(display))
 
 
 def _answer(as_json: bool, figures: dict[str, Any], text: str) -> None:

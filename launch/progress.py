@@ -31,8 +31,17 @@ class Display(Protocol):
     def message(self, text: str) -> None:
         """Shows a line that stays."""
 
-    def update(self, stage: str, done: int, total: int, figures: str = "", unit: str = "") -> None:
-        """Shows how far a stage is; a new stage begins when its name is new. The unit is `bytes` or empty."""
+    def update(self, stage: str, done: int, total: int, figures: str = "", unit: str = "", found: int = 0) -> None:
+        """Shows how far a stage is; a new stage begins when its name is new.
+
+        Args:
+            stage: Its name.
+            done: How much is done.
+            total: How much there is.
+            figures: More to show.
+            unit: `bytes` or empty.
+            found: How much of `done` was done by an earlier run, and says nothing of the pace.
+        """
 
 
 class Clock:
@@ -42,12 +51,12 @@ class Clock:
         self.started = self._first_time = time.monotonic()
         self._first_done = self._last_done = done
 
-    def left(self, done: int, total: int) -> str:
-        """An estimate like `3m 10s left`; empty while there is no pace to tell from."""
+    def left(self, done: int, total: int, found: int = 0) -> str:
+        """An estimate like `3m 10s left`, by the pace of what was not found; empty while there is none to tell from."""
         if done < self._last_done:  # workers started again from an older checkpoint
             self._first_done, self._first_time = done, time.monotonic()
         self._last_done = done
-        moved = done - self._first_done
+        moved = done - found - self._first_done
         if moved <= 0 or done >= total:
             return ""
         seconds = (time.monotonic() - self._first_time) / moved * (total - done)
@@ -81,13 +90,13 @@ class TerminalDisplay:
         """Shows a line above the bars."""
         self._progress.console.print(text, markup=False, highlight=False)
 
-    def update(self, stage: str, done: int, total: int, figures: str = "", unit: str = "") -> None:
+    def update(self, stage: str, done: int, total: int, figures: str = "", unit: str = "", found: int = 0) -> None:
         """Moves the stage's bar."""
         if stage not in self._stages:
             task = self._progress.add_task(stage, total=total, amount="", figures="", left="")
             self._stages[stage] = (task, Clock(done))
         task, clock = self._stages[stage]
-        fields: dict[str, Any] = {"figures": figures, "left": clock.left(done, total)}
+        fields: dict[str, Any] = {"figures": figures, "left": clock.left(done, total, found)}
         fields["amount"] = amount(done, total, unit)
         self._progress.update(task, completed=done, total=total, **fields)
 
@@ -110,7 +119,7 @@ class PlainDisplay:
         """Writes the line."""
         print(text, file=self._stream, flush=True)
 
-    def update(self, stage: str, done: int, total: int, figures: str = "", unit: str = "") -> None:
+    def update(self, stage: str, done: int, total: int, figures: str = "", unit: str = "", found: int = 0) -> None:
         """Writes a line when it is time for one."""
         clock = self._clocks.setdefault(stage, Clock(done))
         now = time.monotonic()
@@ -120,7 +129,7 @@ class PlainDisplay:
             return
         self._shown[stage] = (now, done)
         elapsed = f"{duration(now - clock.started)} elapsed"
-        parts = (f"{stage} {amount(done, total, unit)}", figures, elapsed, clock.left(done, total))
+        parts = (f"{stage} {amount(done, total, unit)}", figures, elapsed, clock.left(done, total, found))
         self.message("  ".join(part for part in parts if part))
 
 

@@ -201,13 +201,14 @@ def _print_drift(config: Config, summary: dict[str, Any], stream: Any) -> None:
 
 def _run(config: Config, ranks: int) -> dict[str, Any]:
     from data_pipeline.build import build
+    from launch.build_progress import BuildProgress
     from launch.local import run_local
     from launch.progress import follow, open_display
     from moe_dist.parallel.layout import layout_of
 
     layout_of(config, ranks, config.parallel.ranks_per_node)
     with open_display() as display, _output_to_stderr():
-        build_dir = build(config, False, lambda stage, done, total: display.update(stage, done, total, unit="bytes"))
+        build_dir = build(config, False, BuildProgress(display))
         with follow(Path(config.run.dir), display):
             return run_local(config, build_dir, ranks, _WORKER, say=display.message)
 

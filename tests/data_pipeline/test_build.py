@@ -19,6 +19,7 @@ import zstandard
 from data_pipeline.build import build, open_tokenizer
 from data_pipeline.holdout import split_hash
 from data_pipeline.manifest import SPLITS, read_manifest
+from data_pipeline.once import Progress
 from data_pipeline.shards import TokenSplit
 from moe_dist.config import Config, parse_config
 from moe_dist.errors import DataError
@@ -95,9 +96,9 @@ def test_build_has_several_shards_and_only_the_files_of_its_manifest(built: Path
 
 def test_build_that_is_there_is_returned_without_work(texts: Path, built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.iterdir()}
-    calls: list[str] = []
+    calls: list[Progress] = []
     config = configure(texts, built.parent, holdout_fraction=0.1, sequence_length_tokens=16)
-    assert build(config, use_ray=False, progress=lambda stage, done, total: calls.append(stage)) == built
+    assert build(config, use_ray=False, progress=calls.append) == built
     assert calls == []
     assert {path: path.stat().st_mtime_ns for path in built.iterdir()} == before
 
@@ -105,13 +106,13 @@ def test_build_that_is_there_is_returned_without_work(texts: Path, built: Path) 
 def test_build_progress_of_each_stage_ends_with_its_total(texts: Path, tmp_path: Path) -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     build(
-        configure(texts, tmp_path), False, lambda stage, done, total: seen.setdefault(stage, []).append((done, total))
+        configure(texts, tmp_path), False, lambda step: seen.setdefault(step.stage, []).append((step.done, step.total))
     )
     assert list(seen) == ["read text", "train tokenizer", "write shards"]
-    for steps in seen.values():
-        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
-        assert steps[0][0] == 0
-        assert steps[-1][0] == steps[-1][1] > 0
+    for stage in seen.values():
+        assert [done for done, _ in stage] == sorted(done for done, _ in stage)
+        assert stage[0][0] == 0
+        assert stage[-1][0] == stage[-1][1] > 0
 
 
 def test_build_of_changed_input_or_configuration_has_another_name(texts: Path, built: Path, tmp_path: Path) -> None:
@@ -135,12 +136,13 @@ def test_build_again_elsewhere_gives_the_same_bytes(texts: Path, built: Path, tm
 
 
 def test_build_on_ray_gives_the_same_bytes(mixed: Path, tmp_path: Path, ray_cluster: None) -> None:
-    stages: list[tuple[str, int, int]] = []
+    steps: list[Progress] = []
     plain = build(configure(mixed, tmp_path / "plain", unreadable="skip"), use_ray=False)
-    on_ray = build(configure(mixed, tmp_path / "ray", unreadable="skip"), True, lambda *step: stages.append(step))
+    on_ray = build(configure(mixed, tmp_path / "ray", unreadable="skip"), True, steps.append)
     assert len(read_manifest(plain).splits["train"]) > 3
     assert _hashes(on_ray) == _hashes(plain)
-    assert stages[-1] == ("write shards", stages[-1][2], stages[-1][2])
+    written = sum(shard.tokens for shards in read_manifest(on_ray).splits.values() for shard in shards)
+    assert steps[-1] == Progress("write shards", steps[-1].total, steps[-1].total, 0, written)
 
 
 def test_build_on_ray_of_damaged_input_raises_the_named_error(
@@ -148,14 +150,15 @@ def test_build_on_ray_of_damaged_input_raises_the_named_error(
 ) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:11|latin\.txt|torn\.jsonl\.zst|c\.parquet:1"):
         build(configure(mixed, tmp_path), use_ray=True)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("[!.]*")) == []
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_build_of_damaged_input_names_the_first_and_leaves_nothing(mixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl:11"):
-        build(configure(mixed, tmp_path), use_ray=False)
-    assert list(tmp_path.iterdir()) == []
+def test_build_of_damaged_input_names_the_first_each_time_and_leaves_no_build(mixed: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"a\.jsonl:11"):
+            build(configure(mixed, tmp_path), use_ray=False)
+        assert list(tmp_path.glob("[!.]*")) == []
 
 
 def test_build_that_skips_lists_what_it_left_out_and_keeps_the_rest(mixed: Path, tmp_path: Path) -> None:
@@ -199,16 +202,6 @@ def test_folder_without_manifest_is_no_build_and_is_replaced(texts: Path, built:
     assert folder == half
     assert _hashes(folder) == _hashes(built)
     assert list(tmp_path.iterdir()) == [half]
-
-
-def test_leftovers_of_killed_builders_go_when_a_day_old(texts: Path, tmp_path: Path) -> None:
-    for name, age in ((".x.old.partial", 0), (".x.new.partial", None)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.arrow").write_bytes(b"x")
-        if age is not None:
-            os.utime(tmp_path / name, (age, age))
-    build(configure(texts, tmp_path), use_ray=False)
-    assert [path.name for path in tmp_path.glob(".*")] == [".x.new.partial"]
 
 
 def test_tiny_input_holds_out_the_document_with_the_lowest_hash(tmp_path: Path) -> None:

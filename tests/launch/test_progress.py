@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.once import Progress
+from launch.build_progress import BuildProgress
 from launch.progress import PROGRESS_FILE, Clock, PlainDisplay, duration, follow, open_display
 from launch.report import print_report
 
@@ -74,6 +76,38 @@ def test_clock_going_back_starts_its_pace_anew() -> None:
     assert clock.left(5, 10) == "0s left"
     assert clock.left(2, 10) == ""
     assert clock.left(10, 10) == ""
+
+
+def test_clock_leaves_what_was_found_out_of_the_pace() -> None:
+    clock = Clock(0)
+    assert clock.left(5, 10, found=5) == ""
+    assert clock.left(6, 10, found=5) == "0s left"
+
+
+def test_build_progress_shows_rates_of_new_work_and_what_was_found() -> None:
+    seconds = iter([10.0, 10.0, 12.0, 14.0, 20.0, 24.0, 30.0, 31.0])
+    stream = io.StringIO()
+    show = BuildProgress(PlainDisplay(stream), lambda: next(seconds))
+    show(Progress("read text", 0, 20_000_000))
+    show(Progress("read text", 8_000_000, 20_000_000, 8_000_000))
+    show(Progress("read text", 14_000_000, 20_000_000, 8_000_000))
+    show(Progress("read text", 20_000_000, 20_000_000, 8_000_000))
+    show(Progress("write shards", 0, 20_000_000))
+    show(Progress("write shards", 20_000_000, 20_000_000, 0, 5_000_000))
+    show(Progress("train tokenizer", 0, 20_000_000))
+    show(Progress("train tokenizer", 20_000_000, 20_000_000, 20_000_000))
+    shown = [line.split("  ")[:-1] for line in stream.getvalue().splitlines()]
+    shown = [[part for part in line if not part.endswith((" elapsed", " left"))] for line in shown]
+    assert shown == [
+        ["read text 0.0/20.0 MB"],
+        ["read text 8.0/20.0 MB", "8.0 MB found done"],
+        ["read text 14.0/20.0 MB", "3.0 MB/s", "8.0 MB found done"],
+        ["read text 20.0/20.0 MB", "3.0 MB/s", "8.0 MB found done"],
+        ["write shards 0.0/20.0 MB"],
+        ["write shards 20.0/20.0 MB", "5.0 MB/s", "1,250,000 tokens/s"],
+        ["train tokenizer 0.0/20.0 MB"],
+        ["train tokenizer 20.0/20.0 MB", "found done"],
+    ]
 
 
 def test_duration_is_readable() -> None:
