@@ -16,6 +16,7 @@ import torch
 from data_pipeline.build import open_tokenizer
 from data_pipeline.loader import BatchLoader, heldout_rows
 from data_pipeline.manifest import TOKENIZER_NAME
+from data_pipeline.packing import separating_token
 from data_pipeline.shards import TokenSplit
 from launch.interrupt import STOP_FILE
 from launch.outcome import write_summary
@@ -59,7 +60,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     batches = RankBatches(config, build_dir, mesh)
     held_out = load_held_out(config, build_dir, process.device, mesh)
 
-    trainee = build_trainee(config, mesh, process.device)
+    trainee = build_trainee(config, mesh, process.device, separating_token(config, build_dir))
 
     recorder = open_recorder(config, process, mesh)
     trainer = Trainer(trainee, batches, held_out, recorder)
@@ -86,7 +87,7 @@ def open_mesh(config: Config, process: Process) -> Mesh:
     return build_mesh(layout, Groups(config.launch.timeout_seconds))
 
 
-def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
+def build_trainee(config: Config, mesh: Mesh, device: torch.device, end_of_text: int | None = None) -> Trainee:
     """The model as cut for this rank with its first weights, its optimizer, and the routing it records or follows."""
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -95,7 +96,8 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
     blocks = [layer.router.layer for _, layer in model.moe_layers()]
     ledger = RoutingLedger(config, blocks, mesh.rank, mesh.layout.ranks)
     optimizer = share_out(build_adamw(model, config.optimizer), model, mesh, config.parallel)
-    return Trainee(config, mesh, model, Gradients(model, mesh, config.parallel.overlap_gradients), optimizer, ledger)
+    gradients = Gradients(model, mesh, config.parallel.overlap_gradients)
+    return Trainee(config, mesh, model, gradients, optimizer, ledger, end_of_text)
 
 
 class RankBatches:

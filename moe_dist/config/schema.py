@@ -89,6 +89,11 @@ class DataConfig(Section):
     dedup: DedupConfig = section(DedupConfig, "Which copies of the same text are left out.")
     shard_bytes: int = key(2_000_000, "Text that goes into one shard.", "bytes", ge=10_000)
     sequence_length_tokens: int = key(256, "Length of a training row.", "tokens", ge=2)
+    documents: Literal["joined", "separate"] = key(
+        "joined",
+        "Documents in one row: joined, a token sees all before it in its row; or separate, it sees its own document "
+        "alone, whose positions begin at 0.",
+    )
     tokenizer: TokenizerConfig = section(TokenizerConfig, "The tokenizer.")
 
 
