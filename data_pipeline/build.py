@@ -26,10 +26,12 @@ from data_pipeline.clean import Cleaner
 from data_pipeline.dedup import PRINT_BYTES
 from data_pipeline.encode import Encoder
 from data_pipeline.holdout import holdout_cut
+from data_pipeline.lengths import write_lengths
 from data_pipeline.listing import Listing, list_input
 from data_pipeline.manifest import (
     CLEANED_VERSION,
     FORMAT_VERSION,
+    LENGTHS_VERSION,
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,
@@ -151,6 +153,7 @@ def _created_from(config: Config) -> dict[str, Any]:
         "model.vocab_size": config.model.vocab_size,
         **Cleaner(data.clean).created_from,
         **({"data.dedup.exact": True} if data.dedup.exact else {}),
+        **({"data.packing": data.packing} if data.packing != "concatenate" else {}),
     }
 
 
@@ -234,19 +237,21 @@ def _write(run: _Build, folder: Path, name: str, created_from: dict[str, Any]) -
     rows = dict(run.run("write shards", run.encoder(folder, cut), items))
     for leftover in folder.glob(".*"):
         leftover.unlink()
-    cleaned = run.cleaner.is_on or run.data.dedup.exact
+    splits = {split: tuple(shard for index in sorted(rows) for shard in rows[index][split]) for split in SPLITS}
+    cleaned, packed = run.cleaner.is_on or run.data.dedup.exact, run.data.packing == "best_fit"
     manifest = Manifest(
-        version=CLEANED_VERSION if cleaned else FORMAT_VERSION,
+        version=LENGTHS_VERSION if packed else CLEANED_VERSION if cleaned else FORMAT_VERSION,
         fingerprint=name,
         created_from={"data.input": run.data.input, **created_from},
         tokenizer_sha256=tokenizer.sha256,
         tokenizer_size=tokenizer.size,
         end_of_text=tokenizer.end_of_text,
-        splits={split: tuple(shard for index in sorted(rows) for shard in rows[index][split]) for split in SPLITS},
+        splits=splits,
         empty_documents=found.empty,
         skipped=tuple(found.skipped),
         ignored_endings=run.listing.ignored_endings,
         cleaning=found.tally.tree() if cleaned else None,
+        lengths=write_lengths(folder, splits, tokenizer.end_of_text) if packed else None,
     )
     write_manifest(folder, manifest)
 

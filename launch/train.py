@@ -16,8 +16,7 @@ import torch
 from data_pipeline.build import open_tokenizer
 from data_pipeline.loader import BatchLoader, heldout_rows
 from data_pipeline.manifest import TOKENIZER_NAME
-from data_pipeline.packing import separating_token
-from data_pipeline.shards import TokenSplit
+from data_pipeline.packing import open_rows, separating_token
 from launch.interrupt import STOP_FILE
 from launch.outcome import write_summary
 from moe_dist.config import Config
@@ -105,7 +104,7 @@ class RankBatches:
 
     def __init__(self, config: Config, build_dir: Path, mesh: Mesh) -> None:
         self.loader = BatchLoader(
-            TokenSplit(build_dir, "train"),
+            open_rows(config, build_dir, "train"),
             config.data.sequence_length_tokens,
             config.train.global_batch_sequences,
             config.seed,
@@ -125,7 +124,7 @@ class RankBatches:
 
 def load_held_out(config: Config, build_dir: Path, device: torch.device, mesh: Mesh) -> HeldOut:
     """This rank's share of the held-out rows, on its device."""
-    split = TokenSplit(build_dir, "heldout")
+    split = open_rows(config, build_dir, "heldout")
     length, wanted = config.data.sequence_length_tokens, config.evaluate.sequences
     rows = heldout_rows(split, length, wanted, mesh.data_place, mesh.layout.data)
     token_bytes = torch.from_numpy(open_tokenizer(build_dir).token_bytes())

@@ -94,6 +94,11 @@ class DataConfig(Section):
         "Documents in one row: joined, a token sees all before it in its row; or separate, it sees its own document "
         "alone, whose positions begin at 0.",
     )
+    packing: Literal["concatenate", "best_fit"] = key(
+        "concatenate",
+        "How rows are filled: one document after the other, cut where a row ends; or documents whole where they fit, "
+        "each into the fullest row that has room, and the rest of a row padded. The latter is another build.",
+    )
     tokenizer: TokenizerConfig = section(TokenizerConfig, "The tokenizer.")
 
 
