@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import Config
-from moe_dist.errors import TrainingFault
+from moe_dist.errors import CheckpointError, TrainingFault
 from moe_dist.objectives.micro_batch import PADDING
 from moe_dist.train.evaluate import Evaluation, HeldOut, evaluate
+from moe_dist.train.loop import Trainer
+from moe_dist.train.metrics import Recorder
 from moe_dist.train.step import train_step
 from tests.support.gang import run_gang
 from tests.support.models import LENGTH, VOCAB, random_rows, small_config
@@ -108,6 +111,37 @@ def test_evaluation_of_padded_rows_is_that_of_the_rows_without_padding():
     for _, found, _ in found_by_ranks():
         assert found.loss == pytest.approx(nats / tokens, rel=1e-10)
         assert found.bits_per_byte == pytest.approx(nats / torch.log(torch.tensor(2.0)).item() / text_bytes, rel=1e-6)
+
+
+class Rows:
+    """Batches that are the same at every step."""
+
+    def __next__(self) -> Tensor:
+        return padded_rows()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def trainer_in(folder: Path, documents: str) -> Trainer:
+    config = small_config(run={"dir": str(folder)}, data={"documents": documents})
+    recorder = Recorder(folder, True, flops_per_token=1e3, peak_flops=1e9)
+    recorder.open(0, 8, [])
+    held_out = HeldOut(padded_rows(), ROWS, torch.ones(VOCAB, dtype=torch.int64))
+    return Trainer(parallel_trainee(config, 1, optimizer="adamw"), Rows(), held_out, recorder)
+
+
+def test_run_does_not_go_on_with_documents_that_see_each_other_where_they_did_not(tmp_path):
+    with one_rank():
+        trainer = trainer_in(tmp_path, "separate")
+        train_step(trainer.trainee, padded_rows(), 0)
+        trainer.save()
+        assert trainer_in(tmp_path, "separate").restore() is not None
+        with pytest.raises(CheckpointError) as caught:
+            trainer_in(tmp_path, "joined").restore()
+    assert caught.value.value == "data.documents=joined" and "data.documents=separate" in caught.value.rule
 
 
 def test_step_without_a_token_that_counts_is_refused_on_every_rank():
