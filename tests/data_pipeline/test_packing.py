@@ -64,6 +64,13 @@ def test_rows_of_the_documented_example(tmp_path: Path) -> None:
             split.row(i, 6)
 
 
+def test_rest_of_a_cut_document_begins_its_row_after_the_token_before_it(tmp_path: Path) -> None:
+    split = PackedSplit(written(tmp_path, [[3, 9]]))
+    stream = split.split.tokens(0, 12).tolist()
+    assert split.row(0, 6).tolist() == [stream[8], *stream[9:], *stream[:3]]
+    assert split.row(1, 6).tolist() == [END, *stream[3:9]]
+
+
 def test_best_fit_takes_the_fullest_row_that_has_room() -> None:
     # 7 leaves 3, 6 leaves 4, 4 fills the second, 3 fills the first, 3 and 3 and 1 share a third
     assert best_fit([7, 6, 4, 3, 3, 3, 1], room=10) == [0, 1, 1, 0, 2, 2, 2]
