@@ -83,7 +83,7 @@ class BigramModel:
         """
         nats, tokens, text_bytes = 0.0, 0, 0
         for part in rows:
-            contexts, targets = part[:, :-1].ravel(), part[:, 1:].ravel()
+            contexts, targets = _pairs_of(part)
             nats -= float(np.log(self.probabilities(contexts, targets)).sum())
             tokens += len(targets)
             text_bytes += int(token_bytes[targets].sum())
@@ -96,7 +96,7 @@ def count_bigrams(rows: Iterable[NDArray[np.int64]], vocab_size: int) -> BigramM
     """Counts the (input, target) pairs of rows.
 
     Args:
-        rows: Arrays [n, S + 1] of training tokens, for instance `TokenSplit.all_rows`.
+        rows: Arrays [n, S + 1] of training tokens, below 0 for padding, for instance `TokenSplit.all_rows`.
         vocab_size: V; ids are below it.
 
     Raises:
@@ -106,7 +106,8 @@ def count_bigrams(rows: Iterable[NDArray[np.int64]], vocab_size: int) -> BigramM
     pending: list[NDArray[np.int64]] = []
     size = 0
     for part in rows:
-        pending.append((part[:, :-1] * vocab_size + part[:, 1:]).ravel())
+        contexts, targets = _pairs_of(part)
+        pending.append(contexts * vocab_size + targets)
         size += pending[-1].size
         if size >= _PAIRS_AT_ONCE:
             pairs, counts = _add_pairs(pairs, counts, np.concatenate(pending))
@@ -130,6 +131,13 @@ def discounts_of(counts: NDArray[np.int64]) -> NDArray[np.float64]:
         estimate = k - (k + 1) * y * n[k + 1] / n[k] if n[k] else 0.5 * k
         discounts[k] = min(max(estimate, 0.1), k - 0.1)
     return discounts
+
+
+def _pairs_of(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(contexts, targets) of rows; padding is no target, and stands behind all that are."""
+    contexts, targets = rows[:, :-1].ravel(), rows[:, 1:].ravel()
+    counted = targets >= 0
+    return (contexts, targets) if counted.all() else (contexts[counted], targets[counted])
 
 
 def _add_pairs(

@@ -24,10 +24,12 @@ from data_pipeline.clean import Cleaner
 from data_pipeline.dedup import PRINT_BYTES
 from data_pipeline.encode import Encoder
 from data_pipeline.holdout import holdout_cut
+from data_pipeline.lengths import write_lengths
 from data_pipeline.listing import Listing, list_input
 from data_pipeline.manifest import (
     CLEANED_VERSION,
     FORMAT_VERSION,
+    LENGTHS_VERSION,
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,
@@ -147,6 +149,7 @@ def _created_from(config: Config) -> dict[str, Any]:
         **({"data.tokenizer.kind": kind} if kind in ENCODINGS else {}),
         **Cleaner(data.clean).created_from,
         **({"data.dedup.exact": True} if data.dedup.exact else {}),
+        **({"data.packing": data.packing} if data.packing != "concatenate" else {}),
     }
 
 
@@ -281,19 +284,21 @@ def _write(run: _Build, name: str, created_from: dict[str, Any]) -> None:
     run.work.put(TOKENIZER_NAME, tokenizer.file_bytes)
     found.sample.clear()
     rows = dict(run.run("write shards", run.encode(tokenizer, cut), items, _ITEMS_AT_ONCE))
-    cleaned = run.cleaner.is_on or run.data.dedup.exact
+    splits = {split: tuple(shard for index in sorted(rows) for shard in rows[index][split]) for split in SPLITS}
+    cleaned, packed = run.cleaner.is_on or run.data.dedup.exact, run.data.packing == "best_fit"
     manifest = Manifest(
-        version=CLEANED_VERSION if cleaned else FORMAT_VERSION,
+        version=LENGTHS_VERSION if packed else CLEANED_VERSION if cleaned else FORMAT_VERSION,
         fingerprint=name,
         created_from={"data.input": run.data.input, **created_from},
         tokenizer_sha256=tokenizer.sha256,
         tokenizer_size=tokenizer.size,
         end_of_text=tokenizer.end_of_text,
-        splits={split: tuple(shard for index in sorted(rows) for shard in rows[index][split]) for split in SPLITS},
+        splits=splits,
         empty_documents=found.empty,
         skipped=tuple(found.skipped),
         ignored_endings=run.listing.ignored_endings,
         cleaning=found.tally.tree() if cleaned else None,
+        lengths=write_lengths(run.work.build, splits, tokenizer.end_of_text, run.work.scratch) if packed else None,
     )
     run.work.finish(manifest)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.packing import PackedSplit
 from data_pipeline.permutation import row_order
 from data_pipeline.shards import TokenSplit
 from moe_dist.errors import CheckpointError, ConfigError, DataError
@@ -50,7 +51,7 @@ class BatchLoader:
         DataError: The split fills no row.
     """
 
-    split: TokenSplit
+    split: TokenSplit | PackedSplit
     sequence_length: int
     global_batch: int
     seed: int
@@ -122,7 +123,7 @@ class BatchLoader:
 
 
 def heldout_rows(
-    split: TokenSplit, sequence_length: int, count: int, rank: int = 0, world_size: int = 1
+    split: TokenSplit | PackedSplit, sequence_length: int, count: int, rank: int = 0, world_size: int = 1
 ) -> NDArray[np.int64]:
     """This rank's part of `count` rows spread evenly over a split (all of them, if there are fewer): [n, S + 1].
 

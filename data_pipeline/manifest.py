@@ -16,6 +16,7 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
 CLEANED_VERSION = 2  # of a build whose text was cleaned: its manifest has `cleaning`
+LENGTHS_VERSION = 3  # of a build with the lengths of its documents, cleaned or not: its manifest has `lengths`
 SPLITS = ("train", "heldout")
 
 
@@ -47,7 +48,7 @@ class Manifest:
     """A build.
 
     Attributes:
-        version: Version of the format: `FORMAT_VERSION`, or `CLEANED_VERSION`.
+        version: Version of the format: `FORMAT_VERSION`, `CLEANED_VERSION` or `LENGTHS_VERSION`.
         fingerprint: Hash of the input's listing and of the configuration that matters; names the folder.
         created_from: Those configuration values.
         tokenizer_sha256: Hash of the build's tokenizer.json.
@@ -58,6 +59,7 @@ class Manifest:
         skipped: (id, reason) of files and records left out because they could not be read.
         ignored_endings: Files of the input folder that were not read, by ending.
         cleaning: What cleaning and de-duplication changed and removed, as `Tally.tree` gives it; None without them.
+        lengths: Hash of the lengths of the documents of each split (`lengths.py`); None where they are not there.
     """
 
     version: int
@@ -71,6 +73,7 @@ class Manifest:
     skipped: tuple[tuple[str, str], ...]
     ignored_endings: dict[str, int]
     cleaning: dict[str, Any] | None = None
+    lengths: dict[str, str] | None = None
 
     def num_tokens(self, split: str) -> int:
         """Tokens of a split."""
@@ -82,6 +85,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     tree = dataclasses.asdict(manifest)
     if manifest.version == FORMAT_VERSION:
         del tree["cleaning"]
+    if manifest.version != LENGTHS_VERSION:
+        del tree["lengths"]
     tree["manifest_sha256"] = _self_hash(tree)
     temporary = folder / f".{MANIFEST_NAME}.{os.getpid()}"
     with open(temporary, "w", encoding="utf-8") as file:
@@ -108,8 +113,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(str(folder), "no manifest.json", "a build has a manifest", "build the data again") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(str(path), error, "the manifest is whole", fix) from None
-    if version not in (FORMAT_VERSION, CLEANED_VERSION):
-        rule = f"this program reads versions {FORMAT_VERSION} and {CLEANED_VERSION}"
+    if version not in (FORMAT_VERSION, CLEANED_VERSION, LENGTHS_VERSION):
+        rule = f"this program reads versions {FORMAT_VERSION} to {LENGTHS_VERSION}"
         raise DataError(str(path), f"version {version}", rule, fix)
     if stored != _self_hash(tree):
         raise DataError(str(path), "contents do not match manifest_sha256", "the manifest is unchanged", fix)

@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.build import open_tokenizer
+from data_pipeline.lengths import LengthFile, find_lengths
 from data_pipeline.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest, Shard, read_manifest
 from data_pipeline.shards import BATCH_TOKENS, file_sha256
 from moe_dist.errors import DataError
@@ -49,6 +50,8 @@ def verify_build(folder: Path, progress: Callable[[int, int], None] | None = Non
         done += shard.file_bytes
         if progress is not None:
             progress(done, total)
+    if manifest.lengths is not None:
+        _check_lengths(folder, manifest)
     return {
         "build_dir": str(folder),
         "shards": len(shards),
@@ -111,6 +114,8 @@ def _problem_of(manifest: Manifest) -> str:
         return "a size or id that is no whole number"
     if not manifest.end_of_text < manifest.tokenizer_size:
         return f"end_of_text {manifest.end_of_text} of {manifest.tokenizer_size} tokens"
+    if manifest.lengths is not None and not _are_tables(manifest.lengths):
+        return "lengths is no table"
     if not _are_tables(manifest.created_from, manifest.ignored_endings):
         return "created_from or ignored_endings is no table"
     shards = [shard for split in SPLITS for shard in manifest.splits[split]]
@@ -165,6 +170,16 @@ def _check_shard(folder: Path, shard: Shard, manifest: Manifest) -> None:
     _expect(path, tokens_hash.hexdigest(), shard.tokens_sha256, "as sha256 of the tokens")
     _expect(path, ends, shard.documents, "ends of text, one for each document")
     _expect(path, last, manifest.end_of_text, "as the last token, which ends a text")
+
+
+def _check_lengths(folder: Path, manifest: Manifest) -> None:
+    """The lengths of documents are those of the tokens, which have proven right."""
+    for split in SPLITS:
+        lengths = LengthFile(folder, split, manifest)
+        for number, shard in enumerate(manifest.splits[split]):
+            found = find_lengths(shard_batches(folder, shard), manifest.end_of_text)
+            if not np.array_equal(found, lengths.of_shard(number)):
+                raise damaged(lengths.path, f"other lengths than those of the documents in {shard.file}")
 
 
 def _decoded(path: Path, batch: pa.RecordBatch) -> NDArray[np.integer[Any]]:

@@ -25,6 +25,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.lengths import lengths_name
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, fsync_folder, write_manifest
 
 _STALE_SECONDS = 24 * 3600
@@ -85,6 +86,7 @@ class WorkFolder:
             OSError: A shard is missing, as where another builder took the build away and published it.
         """
         named = {shard.file for split in manifest.splits.values() for shard in split} | {TOKENIZER_NAME}
+        named |= set(map(lengths_name, manifest.lengths or ()))
         for path in self.build.iterdir():
             if path.name not in named | {MANIFEST_NAME}:
                 path.unlink(missing_ok=True)

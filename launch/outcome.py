@@ -13,7 +13,7 @@ import torch
 from data_pipeline.bigram import count_bigrams
 from data_pipeline.build import open_tokenizer
 from data_pipeline.loader import heldout_rows
-from data_pipeline.shards import TokenSplit
+from data_pipeline.packing import open_rows
 from launch.run_directory import SUMMARY_FILE
 from launch.samples import generate_from_run
 from moe_dist.config import Config
@@ -108,8 +108,8 @@ def routing(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
 def _add_baseline(config: Config, build_dir: Path, summary: dict[str, Any]) -> None:
     """A bigram model counted on every training token, scored on the held-out rows that evaluation uses."""
     length = config.data.sequence_length_tokens
-    counted = count_bigrams(TokenSplit(build_dir, "train").all_rows(length), config.model.vocab_size)
-    rows = heldout_rows(TokenSplit(build_dir, "heldout"), length, config.evaluate.sequences)
+    counted = count_bigrams(open_rows(config, build_dir, "train").all_rows(length), config.model.vocab_size)
+    rows = heldout_rows(open_rows(config, build_dir, "heldout"), length, config.evaluate.sequences)
     score = counted.score([rows], open_tokenizer(build_dir).token_bytes())
     summary["heldout"]["bigram_bits_per_byte"] = score.bits_per_byte
 

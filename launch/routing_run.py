@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.packing import separating_token
 from launch.interrupt import STOP_FILE
 from launch.train import RankBatches, build_trainee, list_workers, open_mesh
 from moe_dist.config import Config
@@ -68,7 +69,7 @@ def run_steps(config: Config, build_dir: Path, process: Process) -> dict[str, An
     """
     mesh = open_mesh(config, process)
     batches = RankBatches(config, build_dir, mesh)
-    trainee = build_trainee(config, mesh, process.device)
+    trainee = build_trainee(config, mesh, process.device, separating_token(config, build_dir))
     follows = trainee.ledger.follows if trainee.ledger else None
     drift = None if follows is None else Drift(trainee.model)
     steps = config.train.steps if follows is None else len(recorded_steps(follows))

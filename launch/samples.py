@@ -55,6 +55,7 @@ def generate_from_run(
         temperature=own.temperature if temperature is None else temperature,
         top_k=own.top_k,
         seed=config.seed if seed is None else seed,
+        separate=config.data.documents == "separate",
     )
     begun = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts or own.prompts]
     window = config.data.sequence_length_tokens

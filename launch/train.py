@@ -16,7 +16,7 @@ import torch
 from data_pipeline.build import open_tokenizer
 from data_pipeline.loader import BatchLoader, heldout_rows
 from data_pipeline.manifest import TOKENIZER_NAME
-from data_pipeline.shards import TokenSplit
+from data_pipeline.packing import open_rows, separating_token
 from launch.interrupt import STOP_FILE
 from launch.outcome import write_summary
 from moe_dist.config import Config
@@ -59,7 +59,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     batches = RankBatches(config, build_dir, mesh)
     held_out = load_held_out(config, build_dir, process.device, mesh)
 
-    trainee = build_trainee(config, mesh, process.device)
+    trainee = build_trainee(config, mesh, process.device, separating_token(config, build_dir))
 
     recorder = open_recorder(config, process, mesh)
     trainer = Trainer(trainee, batches, held_out, recorder)
@@ -86,7 +86,7 @@ def open_mesh(config: Config, process: Process) -> Mesh:
     return build_mesh(layout, Groups(config.launch.timeout_seconds))
 
 
-def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
+def build_trainee(config: Config, mesh: Mesh, device: torch.device, end_of_text: int | None = None) -> Trainee:
     """The model as cut for this rank with its first weights, its optimizer, and the routing it records or follows."""
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -95,7 +95,8 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device) -> Trainee:
     blocks = [layer.router.layer for _, layer in model.moe_layers()]
     ledger = RoutingLedger(config, blocks, mesh.rank, mesh.layout.ranks)
     optimizer = share_out(build_adamw(model, config.optimizer), model, mesh, config.parallel)
-    return Trainee(config, mesh, model, Gradients(model, mesh, config.parallel.overlap_gradients), optimizer, ledger)
+    gradients = Gradients(model, mesh, config.parallel.overlap_gradients)
+    return Trainee(config, mesh, model, gradients, optimizer, ledger, end_of_text)
 
 
 class RankBatches:
@@ -103,7 +104,7 @@ class RankBatches:
 
     def __init__(self, config: Config, build_dir: Path, mesh: Mesh) -> None:
         self.loader = BatchLoader(
-            TokenSplit(build_dir, "train"),
+            open_rows(config, build_dir, "train"),
             config.data.sequence_length_tokens,
             config.train.global_batch_sequences,
             config.seed,
@@ -123,7 +124,7 @@ class RankBatches:
 
 def load_held_out(config: Config, build_dir: Path, device: torch.device, mesh: Mesh) -> HeldOut:
     """This rank's share of the held-out rows, on its device."""
-    split = TokenSplit(build_dir, "heldout")
+    split = open_rows(config, build_dir, "heldout")
     length, wanted = config.data.sequence_length_tokens, config.evaluate.sequences
     rows = heldout_rows(split, length, wanted, mesh.data_place, mesh.layout.data)
     token_bytes = torch.from_numpy(open_tokenizer(build_dir).token_bytes())

@@ -99,6 +99,16 @@ class DataConfig(Section):
     dedup: DedupConfig = section(DedupConfig, "Which copies of the same text are left out.")
     shard_bytes: int = key(2_000_000, "Text that goes into one shard.", "bytes", ge=10_000)
     sequence_length_tokens: int = key(256, "Length of a training row.", "tokens", ge=2)
+    documents: Literal["joined", "separate"] = key(
+        "joined",
+        "Documents in one row: joined, a token sees all before it in its row; or separate, it sees its own document "
+        "alone, whose positions begin at 0.",
+    )
+    packing: Literal["concatenate", "best_fit"] = key(
+        "concatenate",
+        "How rows are filled: one document after the other, cut where a row ends; or documents whole where they fit, "
+        "each into the fullest row that has room, and the rest of a row padded. The latter is another build.",
+    )
     tokenizer: TokenizerConfig = section(TokenizerConfig, "The tokenizer.")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
+from moe_dist.model.places import document_positions
 from moe_dist.model.transformer import Transformer
 
 
@@ -24,12 +25,14 @@ class Sampling:
         temperature: Divides the logits; 0 takes the most probable token.
         top_k: Sample among so many; 0 among all.
         seed: Same seed, same text.
+        separate: Documents were separate in training: what follows an end of text in a prompt does not see it.
     """
 
     max_new_tokens: int
     temperature: float
     top_k: int
     seed: int
+    separate: bool = False
 
 
 @torch.no_grad()
@@ -62,7 +65,8 @@ def continue_prompts(
         tokens = list(prompt)
         while len(tokens) - len(prompt) < sampling.max_new_tokens:
             recent_BS = torch.tensor([tokens[-window:]], device=device)
-            hidden_BSD, _ = model(recent_BS)
+            position_BS = document_positions(recent_BS, end_token) if sampling.separate else None
+            hidden_BSD, _ = model(recent_BS, position_BS=position_BS)
             token = _choose(model.logits(hidden_BSD[0, -1]).float().cpu(), sampling, generator)
             if token == end_token:
                 break

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
+from moe_dist.model.places import Places
 from moe_dist.model.rope import rotate
 
 
@@ -22,10 +23,12 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.width, config.num_kv_heads * config.head_width, bias=False)
         self.output = nn.Linear(config.num_heads * config.head_width, config.width, bias=False)
 
-    def forward(self, x_BSD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BSD: Tensor, places: Places) -> Tensor:
         query_BHSC, key_BGSC, value_BGSC = (self._heads(p(x_BSD)) for p in (self.query, self.key, self.value))
+        table, causal = (places.cos, places.sin), places.sees is None
+        query_BHSC, key_BGSC = rotate(query_BHSC, table), rotate(key_BGSC, table)
         mixed_BHSC = F.scaled_dot_product_attention(
-            rotate(query_BHSC, table), rotate(key_BGSC, table), value_BGSC, is_causal=True, enable_gqa=True
+            query_BHSC, key_BGSC, value_BGSC, attn_mask=places.sees, is_causal=causal, enable_gqa=True
         )
         return self.output(mixed_BHSC.transpose(1, 2).flatten(2))
 

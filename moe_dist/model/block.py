@@ -8,6 +8,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.model.attention import Attention
 from moe_dist.model.feed_forward import FeedForward
 from moe_dist.model.norm import RMSNorm
+from moe_dist.model.places import Places
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
 
@@ -26,19 +27,19 @@ class Block(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        table: tuple[Tensor, Tensor],
+        places: Places,
         counted_BS: Tensor | None,
         context: RoutingContext | None = None,
     ) -> tuple[Tensor, MoERecord | None]:
-        x_BSD, normed_BSD = self.attend(x_BSD, table)
+        x_BSD, normed_BSD = self.attend(x_BSD, places)
         if isinstance(self.feed_forward, MoELayer):
             out_BSD, record = self.feed_forward(normed_BSD, counted_BS, context)
             return x_BSD + out_BSD, record
         return x_BSD + self.feed_forward(normed_BSD), None
 
-    def attend(self, x_BSD: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def attend(self, x_BSD: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """All that comes before the feed-forward: the residual stream after attention, and its norm."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), places)
         return x_BSD, self.feed_forward_norm(x_BSD)
 
 

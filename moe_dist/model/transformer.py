@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_dist.config import ModelConfig
 from moe_dist.model.block import Block
 from moe_dist.model.norm import RMSNorm
-from moe_dist.model.rope import rope_table
+from moe_dist.model.places import places_of
 from moe_dist.model.vocabulary import VocabularyShare, WholeVocabulary
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
@@ -38,6 +38,7 @@ class Transformer(nn.Module):
         draw: Draw | None = None,
         demand: Mapping[int, Tensor] | None = None,
         replay: Mapping[int, Choices] | None = None,
+        position_BS: Tensor | None = None,
     ) -> tuple[Tensor, list[MoERecord]]:
         """Runs the blocks.
 
@@ -47,16 +48,19 @@ class Transformer(nn.Module):
             draw: Names the random numbers of routers that draw some in training; None outside training.
             demand: What the balance terms know of the step's demand, see `RoutingContext`.
             replay: Choices to be followed, by number of the block; see `RoutingContext`.
+            position_BS: Of each token in its document, where documents do not see each other (`document_positions`);
+                None where each row is one document.
 
         Returns:
             The normed final hidden state [B, S, D] and the record of every mixture-of-experts layer in order.
         """
         x_BSD = self.embedding(tokens_BS)
-        table = rope_table(tokens_BS.shape[1], self.config.head_width, self.config.rope_theta, x_BSD)
+        shape = self.config.head_width, self.config.rope_theta
+        places = places_of(position_BS, tokens_BS.shape[1], shape, x_BSD)
         context = RoutingContext(tokens_BS, draw, demand, replay)
         records = []
         for block in self.blocks:
-            x_BSD, record = block(x_BSD, table, counted_BS, context)
+            x_BSD, record = block(x_BSD, places, counted_BS, context)
             if record is not None:
                 records.append(record)
         return self.final_norm(x_BSD), records

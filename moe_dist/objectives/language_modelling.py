@@ -14,6 +14,7 @@ from moe_dist.moe.layer import MoERecord
 from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
 from moe_dist.objectives.cross_entropy import nats_of_tokens, summed_nats
+from moe_dist.objectives.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LossSums:
 
 def language_modelling_sums(
     model: Transformer,
-    rows: Tensor,
+    batch: MicroBatch,
     draw: Draw | None = None,
     demand: Mapping[int, Tensor] | None = None,
     replay: Mapping[int, Choices] | None = None,
@@ -52,14 +53,16 @@ def language_modelling_sums(
 
     Args:
         model: The decoder.
-        rows: Token ids int64 [B, S+1]; the first S are inputs, the last S are targets; B may be 0.
+        batch: Rows; there may be none, and none of their positions may count.
         draw: Names the random numbers of routers that draw some.
         demand: What the balance terms know of the step's demand, see `RoutingContext`.
         replay: Choices to be followed, by number of the block.
         chunk_tokens: Tokens whose scores over the vocabulary exist at once; None for all.
     """
-    hidden_BSD, records = model(rows[:, :-1], draw=draw, demand=demand, replay=replay)
-    hidden_TD, target_T = model.vocabulary.hidden(hidden_BSD), rows[:, 1:].flatten()
+    hidden_BSD, records = model(
+        batch.tokens_BS, batch.counted_BS, draw=draw, demand=demand, replay=replay, position_BS=batch.position_BS
+    )
+    hidden_TD, target_T = batch.targets(model.vocabulary.hidden(hidden_BSD))
     cross_entropy = summed_nats(hidden_TD, model.output_weight, target_T, model.vocabulary, chunk_tokens)
     nothing = cross_entropy.new_zeros(3)
     terms = [torch.stack([r.balance_sum, r.group_balance_sum, r.z_sum]) for r in records]
@@ -67,7 +70,9 @@ def language_modelling_sums(
     return LossSums(cross_entropy, balance, group_balance, z, records)
 
 
-def token_nats(model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor, chunk_tokens: int | None) -> Tensor:
-    """Cross-entropy of every target, fp32 or wider, [T]; without gradient."""
-    hidden_TD = model.vocabulary.hidden(hidden_BSD)
-    return nats_of_tokens(hidden_TD, model.output_weight, targets_BS.flatten(), model.vocabulary, chunk_tokens)
+@torch.no_grad()
+def token_nats(model: Transformer, batch: MicroBatch, chunk_tokens: int | None) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, fp32 or wider; id) of every target that counts; without gradient."""
+    hidden_BSD, _ = model(batch.tokens_BS, batch.counted_BS, position_BS=batch.position_BS)
+    hidden_TD, target_T = batch.targets(model.vocabulary.hidden(hidden_BSD))
+    return nats_of_tokens(hidden_TD, model.output_weight, target_T, model.vocabulary, chunk_tokens), target_T

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.model.block import Block
+from moe_dist.model.places import Places
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
@@ -57,10 +58,10 @@ def _recompute_whole(block: Block, number: int) -> None:
     run = block.forward
 
     def forward(
-        x_BSD: Tensor, table: tuple[Tensor, Tensor], counted_BS: Tensor | None, context: RoutingContext
+        x_BSD: Tensor, places: Places, counted_BS: Tensor | None, context: RoutingContext
     ) -> tuple[Tensor, MoERecord | None]:
         def run_as_told(x_BSD: Tensor, told: RoutingContext) -> tuple[Tensor, MoERecord | None]:
-            out_BSD, record = run(x_BSD, table, counted_BS, told)
+            out_BSD, record = run(x_BSD, places, counted_BS, told)
             return _FirstInBackward.apply(out_BSD), record
 
         return _checkpointed(decide_once(run_as_told, context, number), x_BSD)

@@ -155,7 +155,7 @@ def _exchange_around(module: Attention | FeedForward, group: dist.ProcessGroup) 
         x_TD = gather_tokens(given[0].flatten(0, 1), group)
         if isinstance(module, FeedForward):
             return (x_TD,)
-        length = given[1][0].shape[0]  # of the rotary table
+        length = given[1].cos.shape[-2]  # of the rotary table
         return x_TD.view(-1, length, x_TD.shape[1]), *given[1:]
 
     def after(_: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:

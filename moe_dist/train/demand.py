@@ -19,6 +19,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoERecord
 from moe_dist.moe.ledger import Choices
 from moe_dist.moe.randomness import Draw
+from moe_dist.objectives.micro_batch import MicroBatch
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.mesh import Mesh
 
@@ -34,7 +35,7 @@ def counts_first(config: MoEConfig, micro_batches: int) -> bool:
 
 @torch.no_grad()
 def count_demand(
-    model: Transformer, passes: Sequence[tuple[Tensor, Draw]], mesh: Mesh, replay: Replay | None
+    model: Transformer, passes: Sequence[tuple[MicroBatch, Draw]], mesh: Mesh, replay: Replay | None
 ) -> tuple[Demand, list[Replay]]:
     """Demand of the whole global batch before any of it is trained on; entered by all ranks.
 
@@ -42,7 +43,7 @@ def count_demand(
 
     Args:
         model: In training mode, so that random numbers are drawn as they will be.
-        passes: The micro-batches of this rank, int64 [B, S+1], each with what names its random numbers.
+        passes: The micro-batches of this rank, each with what names its random numbers.
         mesh: Whose ranks share the batch.
         replay: Choices of a recorded run, where it is followed.
     """
@@ -52,9 +53,11 @@ def count_demand(
     # A demand that is known, if only as nothing, keeps the layers from asking the other ranks one by one.
     unknown = {layer.number: torch.zeros_like(counts[0]) for layer in layers}
     chosen: list[Replay] = []
-    for rows, draw in passes:
-        _, records = model(rows[:, :-1], draw=draw, demand=unknown, replay=replay)
-        first = draw.first_row * (rows.shape[1] - 1)
+    for batch, draw in passes:
+        _, records = model(
+            batch.tokens_BS, batch.counted_BS, draw=draw, demand=unknown, replay=replay, position_BS=batch.position_BS
+        )
+        first = draw.first_row * batch.tokens_BS.shape[1]
         chosen.append({layer.number: Choices.of(r, first) for layer, r in zip(layers, records, strict=True)})
         for total_E, record in zip(counts, records, strict=True):
             total_E += record.plan.demand_E

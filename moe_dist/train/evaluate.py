@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.objectives.language_modelling import token_nats
+from moe_dist.objectives.micro_batch import MicroBatch
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.fsdp import part_again
 from moe_dist.train.step import Trainee, autocast
@@ -19,7 +20,7 @@ class HeldOut:
     """What evaluation needs of the data.
 
     Attributes:
-        rows: This rank's held-out rows, int64 [n, S+1].
+        rows: This rank's held-out rows, int64 [n, S+1]; padding is scored nowhere.
         most_rows: The largest n over all ranks.
         token_bytes: UTF-8 bytes of text that each token stands for, int64 [V].
     """
@@ -51,9 +52,9 @@ def evaluate(trainee: Trainee, held_out: HeldOut) -> Evaluation:
     parts = math.ceil(held_out.most_rows / config.train.micro_batch_sequences)
     for rows in held_out.rows.tensor_split(parts):
         with autocast(config, rows.device):
-            hidden, _ = trainee.model(rows[:, :-1])
-            nats_T = token_nats(trainee.model, hidden, rows[:, 1:], config.train.loss_chunk_tokens)
-        length = held_out.token_bytes[rows[:, 1:]].sum()
+            batch = MicroBatch.of(rows, trainee.end_of_text)
+            nats_T, target_T = token_nats(trainee.model, batch, config.train.loss_chunk_tokens)
+        length = held_out.token_bytes[target_T].sum()
         sums += torch.stack([nats_T.double().sum(), length.double(), nats_T.new_tensor(nats_T.numel()).double()])
     part_again(trainee.model)
     trainee.model.train()

@@ -55,7 +55,10 @@ class Trainer:
         if found is None:
             return None
         path, manifest = found
-        _check_same_model(path, manifest["config"]["model"], self.config.model.model_dump(mode="json"))
+        before, now = manifest["config"], self.config.model_dump(mode="json")
+        _check_same_model(path, before["model"], now["model"])
+        old, new = ({"documents": tree["data"].get("documents", "joined")} for tree in (before, now))
+        _check_same_model(path, old, new, "data")
         self.batches.load_state_dict(manifest["data"])
         load_training_state(path, manifest, self.trainee.model, self.trainee.optimizer)
         self.step = manifest["step"]

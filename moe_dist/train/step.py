@@ -20,6 +20,7 @@ from moe_dist.moe.balance import balance_sum, max_over_mean
 from moe_dist.moe.randomness import Draw
 from moe_dist.moe.selection import moved_bias
 from moe_dist.objectives.language_modelling import LossSums, language_modelling_sums
+from moe_dist.objectives.micro_batch import MicroBatch, counted_tokens
 from moe_dist.optim import learning_rate, set_learning_rate
 from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.parallel.gradients import Gradients
@@ -33,7 +34,8 @@ from moe_dist.train.routing_ledger import Place, RoutingLedger
 class Trainee:
     """What a step works on: the model as cut for this rank, its gradients and its optimizer.
 
-    `ledger` records or prescribes the routing; None does neither.
+    `ledger` records or prescribes the routing; None does neither. `end_of_text` is the id that ends a document, where
+    documents do not see each other; None where they are joined.
     """
 
     config: Config
@@ -42,6 +44,7 @@ class Trainee:
     gradients: Gradients
     optimizer: torch.optim.Optimizer
     ledger: RoutingLedger | None = None
+    end_of_text: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
 
     Args:
         trainee: The model and its optimizer.
-        rows: Token ids int64 [n, S+1]; n may differ between ranks and may be 0.
+        rows: Token ids int64 [n, S+1], below 0 for padding; n may differ between ranks and may be 0.
         step: Updates made before this one.
         stop_asked: Whether this rank was asked to stop; told to all in the figures.
 
@@ -116,20 +119,18 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     config = trainee.config
     trainee.model.train()
     trainee.optimizer.zero_grad(set_to_none=True)
-    first_row, rows_everywhere = _place_in_batch(rows, trainee.mesh)
-    length = rows[:, 1:].shape[1]
-    counted = rows_everywhere * length
-    ledger, place = trainee.ledger, Place(step, first_row, rows_everywhere)
+    place, counted = _place_in_batch(rows, trainee.mesh, step)
+    ledger = trainee.ledger
     replay = ledger.open_step(rows, place) if ledger else None
     tally, witness = _Tally(trainee, stop_asked), Witness(trainee)
-    passes = list(_passes(rows, config, Draw(config.seed, step, first_row), trainee.mesh.layout.data))
+    passes = list(_passes(rows, trainee, Draw(config.seed, step, place.first_row)))
     demand, followed = _decided_before(trainee, passes, replay)
     for number, ((micro_batch, draw), follow) in enumerate(zip(passes, followed, strict=True), start=1):
         with autocast(config, rows.device):
             chunk = config.train.loss_chunk_tokens
             sums = language_modelling_sums(trainee.model, micro_batch, draw, demand, follow, chunk)
         if ledger:
-            ledger.keep(sums.records, draw.first_row, length)
+            ledger.keep(sums.records, draw.first_row, rows.shape[1] - 1)
         if number == len(passes):
             trainee.gradients.expect_last()
         witness.watch(sums.records)
@@ -153,28 +154,36 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     return figures
 
 
-def _place_in_batch(rows: Tensor, mesh: Mesh) -> tuple[int, int]:
-    """(place of the first row here among those of all ranks that read other rows, in order; rows of all of them)."""
-    rows_W = torch.zeros(mesh.layout.data, dtype=torch.int64, device=rows.device)
-    rows_W[mesh.data_place] = len(rows)
-    everywhere = sum_ranks(rows_W, mesh.data).tolist()
-    return sum(everywhere[: mesh.data_place]), sum(everywhere)
+def _place_in_batch(rows: Tensor, mesh: Mesh, step: int) -> tuple[Place, int]:
+    """(place of the rows here among those of all ranks that read other rows, in order; tokens of all that count).
+
+    Raises:
+        TrainingFault: No token counts; on every rank alike.
+    """
+    sizes_W2 = torch.zeros(mesh.layout.data, 2, dtype=torch.int64, device=rows.device)
+    sizes_W2[mesh.data_place, 0] = len(rows)
+    sizes_W2[mesh.data_place, 1] = counted_tokens(rows)
+    rows_W, counted_W = zip(*sum_ranks(sizes_W2, mesh.data).tolist(), strict=True)
+    if not sum(counted_W):
+        fix = "a larger train.global_batch_sequences, or look at the rows of this step: all of them are padding"
+        raise TrainingFault(f"step {step + 1}", "no token that counts", "a global batch has a target", fix)
+    return Place(step, sum(rows_W[: mesh.data_place]), sum(rows_W)), sum(counted_W)
 
 
-def _passes(rows: Tensor, config: Config, draw: Draw, ranks: int) -> Iterator[tuple[Tensor, Draw]]:
+def _passes(rows: Tensor, trainee: Trainee, draw: Draw) -> Iterator[tuple[MicroBatch, Draw]]:
     """The micro-batches of this rank, each with what names its random numbers; `draw` is that of the first."""
-    for micro_batch in micro_batches(rows, config, ranks):
-        yield micro_batch, draw
-        draw = replace(draw, first_row=draw.first_row + len(micro_batch))
+    for part in micro_batches(rows, trainee.config, trainee.mesh.layout.data):
+        yield MicroBatch.of(part, trainee.end_of_text), draw
+        draw = replace(draw, first_row=draw.first_row + len(part))
 
 
 def _decided_before(
-    trainee: Trainee, passes: list[tuple[Tensor, Draw]], replay: Replay | None
+    trainee: Trainee, passes: list[tuple[MicroBatch, Draw]], replay: Replay | None
 ) -> tuple[Demand | None, Sequence[Replay | None]]:
     """What the exact global balance term must know before the first micro-batch, and what each of them follows."""
     if not counts_first(trainee.config.model.moe, len(passes)):
         return None, [replay] * len(passes)
-    with autocast(trainee.config, passes[0][0].device):
+    with autocast(trainee.config, passes[0][0].tokens_BS.device):
         return count_demand(trainee.model, passes, trainee.mesh, replay)
 
 

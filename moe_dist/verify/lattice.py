@@ -16,7 +16,9 @@ from moe_dist.config import Config, MoEConfig, parse_config
 from moe_dist.config.load import find_problems
 from moe_dist.config.schema import TrainConfig
 from moe_dist.errors import LayoutError
+from moe_dist.objectives.micro_batch import PADDING
 from moe_dist.parallel.layout import Layout, layout_of, legal_layouts
+from moe_dist.verify.step import end_of_text
 
 AS_CONFIGURED = "as configured"
 _DROPS = {"capacity_factor": 0.75, "capacity_factor_eval": 0.75, "min_capacity": 1, "pad_to_capacity": False}
@@ -37,15 +39,20 @@ KEEPINGS: dict[str, dict[str, Any]] = {
 SCOPES = ("sequence", "global", "micro_batch")
 _DISPATCHERS = ("all_to_all", "deduplicated", "all_gather")
 _NODE_RANKS = 2
+_ENDS = 0.25  # share of tokens that end a document
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How a global batch is cut: rows of each rank that reads its own, and most rows of a micro-batch."""
+    """How a global batch is cut: rows of each rank that reads its own, and most rows of a micro-batch.
+
+    With `padded`, tokens are missing at the end of most rows, and in the second half of the rows all of them.
+    """
 
     name: str
     rows: tuple[int, ...]
     micro: int
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Cell:
         """The options in words."""
         words = {"dispatch": self.dispatch, "data": self.keeping}
         words |= {"capacity": self.capacity, "balance_scope": self.scope}
-        words |= {"rows": "+".join(map(str, self.batch.rows)), "micro_batch": str(self.batch.micro)}
+        rows = "+".join(map(str, self.batch.rows)) + (" padded" if self.batch.padded else "")
+        words |= {"rows": rows, "micro_batch": str(self.batch.micro)}
         return words | ({} if self.recompute is None else {"recompute": self.recompute})
 
     @property
@@ -116,16 +124,29 @@ def config_of(config: Config, cell: Cell) -> Config:
 
 
 def rows_of(config: Config, cell: Cell) -> Tensor:
-    """The global batch of a cell, int64 [rows, S+1]; equal in all cells with as many rows.
+    """The global batch of a cell, int64 [rows, S+1]; equal in all cells with as many rows, padded or not.
 
-    No two rows begin alike: equal tokens in equal places could tie in a queue that spans sequences.
+    No two rows begin alike: equal tokens in equal places could tie in a queue that spans sequences. Where documents do
+    not see each other, a row holds several.
     """
     vocabulary, length = config.model.vocab_size, config.data.sequence_length_tokens
     generator = torch.Generator().manual_seed(config.seed)
     first = torch.randperm(vocabulary, generator=generator)
     count = sum(cell.batch.rows)
     rest = torch.randint(vocabulary, (count, length), generator=generator)
-    return torch.cat([first[torch.arange(count) % vocabulary, None], rest], dim=1)
+    end = end_of_text(config)
+    if end is not None:
+        rest[torch.rand(rest.shape, generator=generator) < _ENDS] = end
+    rows = torch.cat([first[torch.arange(count) % vocabulary, None], rest], dim=1)
+    return _padded(rows) if cell.batch.padded else rows
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """The rows without some of their targets; in the second half, which is the last rank's, without any token."""
+    count, length = len(rows), rows.shape[1] - 1
+    lengths = torch.tensor([length, length // 2, 1, length - 1])[torch.arange(count) % 4]
+    kept = torch.where(torch.arange(count) < count // 2, lengths + 1, 0)
+    return rows.masked_fill(torch.arange(length + 1) >= kept[:, None], PADDING)
 
 
 def cut_of(cell: Cell) -> list[list[tuple[int, int]]]:
@@ -150,7 +171,7 @@ def oracle_key(config: Config, cell: Cell) -> str:
     """Names what the oracle of a cell depends on: cells with equal keys share it."""
     tree = _tree(config, cell)
     cut = cut_of(cell) if depends_on_cut(config_of(config, cell).model.moe) else None
-    return repr((tree["model"]["moe"], sum(cell.batch.rows), cut))
+    return repr((tree["model"]["moe"], sum(cell.batch.rows), cell.batch.padded, cut))
 
 
 def _places(config: Config, ranks: int) -> Iterator[tuple[Layout, str]]:
@@ -185,6 +206,7 @@ def _batches(readers: int, ranks: int) -> list[Batch]:
     whole = max(8, 2 * ranks)
     batches = [Batch("even", _even(whole, readers), micro) for micro in (4, 2, 1)]
     batches.append(Batch("unequal", _even(whole - 1, readers), 2))
+    batches.append(Batch("padded", _even(whole, readers), 2, padded=True))
     if readers > 1:
         batches.append(Batch("a rank without rows", (*_even(whole, readers - 1), 0), 2))
     return batches

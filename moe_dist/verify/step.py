@@ -22,6 +22,7 @@ from moe_dist.moe.ledger import Choices, join
 from moe_dist.moe.randomness import Draw
 from moe_dist.moe.selection import moved_bias
 from moe_dist.objectives.language_modelling import LossSums, language_modelling_sums
+from moe_dist.objectives.micro_batch import MicroBatch, counted_tokens
 from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.fsdp import filling, whole
 from moe_dist.parallel.gradients import Gradients
@@ -81,6 +82,11 @@ def weight_type(config: Config) -> torch.dtype:
     return torch.float64 if config.train.precision == "fp64" else torch.float32
 
 
+def end_of_text(config: Config) -> int | None:
+    """The id that ends a document in the rows of a proof, where documents do not see each other."""
+    return 0 if config.data.documents == "separate" else None
+
+
 def oracle_step(config: Config, rows: Tensor, cut: Sequence[Pieces] | None = None) -> StepProof:
     """The whole batch and all experts in this process, without any code of `parallel` or `train`.
 
@@ -90,7 +96,7 @@ def oracle_step(config: Config, rows: Tensor, cut: Sequence[Pieces] | None = Non
         cut: The micro-batches of all ranks, by micro-step: for options that by their definition depend on the cut.
             None takes the whole batch through the model at once.
     """
-    model, moe, tokens = whole_model(config), config.model.moe, rows[:, 1:].numel()
+    model, moe, tokens = whole_model(config), config.model.moe, int(counted_tokens(rows))
     cut = cut or [[(0, len(rows))]]
     numbers = [layer.number for _, layer in model.moe_layers()]
     demands = _demands(model, config, rows, cut)
@@ -99,8 +105,8 @@ def oracle_step(config: Config, rows: Tensor, cut: Sequence[Pieces] | None = Non
         for (first, count), demand in zip(pieces, told, strict=True):
             if count:
                 known = None if demand is None else dict(zip(numbers, demand, strict=True))
-                draw = Draw(config.seed, 0, first)
-                parts.append((first, language_modelling_sums(model, rows[first : first + count], draw, known)))
+                batch = MicroBatch.of(rows[first : first + count], end_of_text(config))
+                parts.append((first, language_modelling_sums(model, batch, Draw(config.seed, 0, first), known)))
     loss = torch.stack([sums.total(moe) for _, sums in parts]).sum() / tokens
     loss.backward()
     counts = torch.stack([_counts(sums, moe.num_experts) for _, sums in parts]).sum(0)
@@ -139,7 +145,8 @@ def _demands(model: Transformer, config: Config, rows: Tensor, cut: Sequence[Pie
 
     @torch.no_grad()
     def own_demand(first: int, count: int) -> Tensor:
-        sums = language_modelling_sums(model, rows[first : first + count], Draw(config.seed, 0, first))
+        batch = MicroBatch.of(rows[first : first + count], end_of_text(config))
+        sums = language_modelling_sums(model, batch, Draw(config.seed, 0, first))
         return _counts(sums, config.model.moe.num_experts)[0]
 
     own = [[own_demand(*piece) for piece in pieces] for pieces in cut]
@@ -170,7 +177,8 @@ def parallel_trainee(config: Config, mesh: Mesh) -> Trainee:
     gradients = Gradients(model, mesh, config.parallel.overlap_gradients)
     # One fused operation cannot mix parameters that are shared out over different ranks.
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, foreach=False)
-    return Trainee(config, mesh, model, gradients, share_out(optimizer, model, mesh, config.parallel))
+    shared_out = share_out(optimizer, model, mesh, config.parallel)
+    return Trainee(config, mesh, model, gradients, shared_out, end_of_text=end_of_text(config))
 
 
 def candidate_step(trainee: Trainee, rows: Tensor, gradients: dict[str, Tensor] | None = None) -> StepProof:

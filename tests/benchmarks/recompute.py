@@ -27,6 +27,7 @@ from rich.table import Table
 from moe_dist.config import Config, load_config
 from moe_dist.moe.randomness import Draw
 from moe_dist.objectives.language_modelling import language_modelling_sums
+from moe_dist.objectives.micro_batch import MicroBatch
 from moe_dist.train.step import Trainee
 from tests.benchmarks.allocator import GIVE_BACK, restart_with_kept_blocks
 from tests.benchmarks.options import parser_of
@@ -49,7 +50,7 @@ def forward_backward(trainee: Trainee) -> None:
     config = trainee.config
     shape = (config.train.micro_batch_sequences, config.data.sequence_length_tokens + 1)
     rows = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    sums = language_modelling_sums(trainee.model, rows, Draw(0, 0, 0))
+    sums = language_modelling_sums(trainee.model, MicroBatch.of(rows), Draw(0, 0, 0))
     (sums.total(config.model.moe) / rows[:, 1:].numel()).backward()
 
 

@@ -24,6 +24,13 @@ def test_sampling_greedy_takes_the_most_probable_token_each_time():
     assert continued(top_k=1, prompts=((5, 6, 7),), tokens=4) == [tokens[3:]]
 
 
+def test_sampling_separate_documents_do_not_see_what_ended_before():
+    asked = Sampling(max_new_tokens=5, temperature=0.0, top_k=0, seed=0, separate=True)
+    model = plain_model(small_config()).eval()
+    alone, behind = continue_prompts(model, [[5, 6, 7], [9, 8, 1, 5, 6, 7]], asked, window=16, end_token=1)
+    assert alone == behind == continued(temperature=0.0, prompts=((5, 6, 7),), end=1, tokens=5)[0]
+
+
 def test_sampling_same_seed_same_text_other_seed_other_text():
     assert continued(seed=3) == continued(seed=3)
     assert continued(seed=3) != continued(seed=4)

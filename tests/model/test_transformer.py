@@ -9,6 +9,7 @@ from moe_dist.model import Transformer
 from moe_dist.model.flops import count_parameters, training_flops_per_token
 from moe_dist.model.init import initial_value, initialise
 from moe_dist.model.naming import global_tensors
+from moe_dist.model.places import Places
 from moe_dist.model.rope import rope_table, rotate
 from moe_dist.moe.experts import Experts
 from tests.support.models import plain_model, random_rows, small_config
@@ -46,7 +47,7 @@ def test_attention_key_value_heads_serve_neighbouring_query_heads():
     v = attention.value(x).view(1, 5, 2, 4).transpose(1, 2).repeat_interleave(2, dim=1)
     scores = (q @ k.transpose(-1, -2) / 2.0).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     expected = attention.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    assert torch.allclose(attention(x, table), expected, atol=1e-12)
+    assert torch.allclose(attention(x, Places(*table)), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.model.block import Block
+from moe_dist.model.places import Places
 from moe_dist.model.rope import rope_table
 from moe_dist.moe import layer as layer_module
 from moe_dist.moe import ledger, router_kinds
@@ -52,7 +53,7 @@ def block_of(kind: str) -> tuple[Block, torch.Tensor, RoutingContext]:
 
 
 def run(block: Block, x: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, MoERecord]:
-    return block(x, rope_table(S, 8, 1e4, x), None, context)
+    return block(x, Places(*rope_table(S, 8, 1e4, x)), None, context)
 
 
 def replayed(block: Block, x: torch.Tensor, context: RoutingContext, choices: Choices) -> tuple[Any, MoERecord]:

@@ -15,6 +15,7 @@ from moe_dist.model.vocabulary import WholeVocabulary
 from moe_dist.objectives import cross_entropy
 from moe_dist.objectives.cross_entropy import nats_of_tokens, score, summed_nats
 from moe_dist.objectives.language_modelling import language_modelling_sums, token_nats
+from moe_dist.objectives.micro_batch import MicroBatch
 from tests.support.models import VOCAB, plain_model, random_rows, small_config
 from tests.support.planted import failure_with
 from tests.support.tolerances import RELATIVE, assert_close, relative_error
@@ -124,12 +125,14 @@ def test_chunks_of_a_model_give_every_parameter_the_gradient_of_both_uses(tied):
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     for chunk in (5, None):
         model.zero_grad(set_to_none=True)
-        language_modelling_sums(model, rows, chunk_tokens=chunk).cross_entropy.backward()
+        language_modelling_sums(model, MicroBatch.of(rows), chunk_tokens=chunk).cross_entropy.backward()
         for name, parameter in model.named_parameters():
             assert_close(parameter.grad, expected[name], name)
     hidden_BSD, _ = model(rows[:, :-1])
     wanted = plain_nats(hidden_BSD.flatten(0, 1), model.output_weight, rows[:, 1:].flatten())
-    assert_close(token_nats(model, hidden_BSD, rows[:, 1:], 5), wanted.detach(), "evaluation")
+    found, target_T = token_nats(model, MicroBatch.of(rows), 5)
+    assert_close(found, wanted.detach(), "evaluation")
+    assert torch.equal(target_T, rows[:, 1:].flatten())
 
 
 class Largest(TorchDispatchMode):

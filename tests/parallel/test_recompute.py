@@ -21,6 +21,7 @@ from moe_dist.model.feed_forward import FeedForward
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.randomness import Draw
 from moe_dist.objectives.language_modelling import language_modelling_sums
+from moe_dist.objectives.micro_batch import MicroBatch
 from moe_dist.parallel import expert, recompute
 from moe_dist.parallel.collectives import Voyage
 from moe_dist.train.step import StepFigures, autocast, train_step
@@ -267,7 +268,7 @@ def kept_bytes(kind: str) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(config, torch.device("cpu")):
-        language_modelling_sums(model, random_rows(6), Draw(0, 0, 0))
+        language_modelling_sums(model, MicroBatch.of(random_rows(6)), Draw(0, 0, 0))
     own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(size for where, size in sizes.items() if where not in own)
@@ -286,7 +287,7 @@ def events_of_backward() -> list[str]:
     trainee = parallel_trainee(config, 1)
     for _, layer in trainee.model.moe_layers():  # one rank would exchange nothing
         layer.dispatcher = expert.build_dispatcher(trainee.mesh, config.parallel, config.model)
-    sums = language_modelling_sums(trainee.model, rows_of(variant, 2))
+    sums = language_modelling_sums(trainee.model, MicroBatch.of(rows_of(variant, 2)))
     events: list[str] = []
 
     def noting(event: str, run: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_dist.config import Config
 from moe_dist.moe import balance
 from moe_dist.objectives.language_modelling import LossSums, language_modelling_sums
+from moe_dist.objectives.micro_batch import MicroBatch
 from moe_dist.parallel import expert
 from moe_dist.train import demand as demand_module
 from moe_dist.train import step as step_module
@@ -115,7 +116,9 @@ def opposite_ranks(rank: int, ranks: int) -> StepFigures:
     config = small_config(moe, model={"num_layers": 1}, train={"global_batch_sequences": 2})
     model = plain_model(config)
     rows = torch.arange(300)[:, None].expand(-1, LENGTH + 1)
-    chosen = [language_modelling_sums(model, row[None]).records[0].plan.demand_E.argmax() for row in rows[:20]]
+    chosen = [
+        language_modelling_sums(model, MicroBatch.of(row[None])).records[0].plan.demand_E.argmax() for row in rows[:20]
+    ]
     token = next(number for number, choice in enumerate(chosen) if choice == rank)
     return train_step(parallel_trainee(config, 1), rows[token : token + 1], 0)
 
@@ -236,13 +239,13 @@ def first_told_as_exact(model: Any, passes: Any, mesh: Any, replay: Any) -> Any:
 def counted_twice(model: Any, passes: Any, mesh: Any, replay: Any, tallies: list[Any]) -> Any:
     told = original_count(model, passes, mesh, replay)
     with torch.no_grad():
-        for rows, draw in passes:
-            tallies[-1].add(language_modelling_sums(model, rows, draw, told[0]))
+        for batch, draw in passes:
+            tallies[-1].add(language_modelling_sums(model, batch, draw, told[0]))
     return told
 
 
 def of_another_draw(model: Any, passes: Any, mesh: Any, replay: Any) -> Any:
-    others = [(rows, replace(draw, step=draw.step + 1)) for rows, draw in passes]
+    others = [(batch, replace(draw, step=draw.step + 1)) for batch, draw in passes]
     return original_count(model, others, mesh, replay)[0], [replay] * len(passes)
 
 

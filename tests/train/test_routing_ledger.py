@@ -17,6 +17,7 @@ from moe_dist.errors import LedgerError
 from moe_dist.moe.ledger import Choices, compare
 from moe_dist.moe.randomness import Draw
 from moe_dist.objectives.language_modelling import language_modelling_sums
+from moe_dist.objectives.micro_batch import MicroBatch
 from moe_dist.train import routing_ledger
 from moe_dist.train.routing_ledger import Page, Place, RoutingLedger, read_page, read_part, recorded_steps
 from moe_dist.train.step import train_step
@@ -84,7 +85,7 @@ def first_page_of_one_process() -> Page:
     """Step 1 as the whole model decides it over the whole batch, without any code of `train` or `parallel`."""
     config = config_of("unused")
     model, rows = plain_model(config, config.seed).train(), random_rows(ROWS, 0)
-    records = language_modelling_sums(model, rows, Draw(config.seed, 0, 0)).records
+    records = language_modelling_sums(model, MicroBatch.of(rows), Draw(config.seed, 0, 0)).records
     choices = {block: Choices.of(record, 0) for block, record in zip(BLOCKS, records, strict=True)}
     return Page({}, rows[:, :-1].flatten(), choices)
 
@@ -126,7 +127,9 @@ def written(folder: Path, rank: int = 0, ranks: int = 1, seed: int = 5) -> Path:
     ledger = RoutingLedger(config, BLOCKS, rank, ranks)
     model = plain_model(config, 5).train()
     ledger.open_step(rows, place)
-    ledger.keep(language_modelling_sums(model, rows, Draw(5, 0, share.start)).records, share.start, LENGTH)
+    ledger.keep(
+        language_modelling_sums(model, MicroBatch.of(rows), Draw(5, 0, share.start)).records, share.start, LENGTH
+    )
     ledger.close_step(rows, place)
     (file,) = (folder / "routing").glob(f"*part-{rank:05d}-of-{ranks:05d}*")
     return file

@@ -17,6 +17,7 @@ WIDE = {"tensor": 1, "expert": 4}
 COPIES = {"tensor": 1, "expert": 2}
 ALONE = {"tensor": 1, "expert": 1}
 CUT = {"tensor": 2, "expert": 2}
+PADDED = {"rows": "padded"}
 ONE_LAYER = {"model.num_layers": 1}
 JITTER = {"model.moe.input_jitter": 0.3}
 NO_TERMS = {"model.moe.balance_loss": 0.0, "model.moe.z_loss": 0.0}
@@ -230,6 +231,38 @@ MISTAKES: dict[str, Mistake] = {
         ("routing", "drops"),
         ("others dropped in the first MoE layer: look at capacity or its order",),
         {**COPIES, "capacity": "drop by probability"},
+    ),
+    "loss divided by all tokens, padding too": Mistake(
+        "10",
+        patches.divided_by_all_tokens,
+        ("loss", "cross_entropy"),
+        (
+            "cross_entropy is exactly 5/16x the oracle's",
+            "balance is exactly 5/16x the oracle's",
+            "tokens are miscounted",
+        ),
+        {**COPIES, **PADDED},
+    ),
+    "balance demand counts padding": Mistake(
+        "10",
+        patches.padding_in_balance_demand,
+        ("loss", "balance"),
+        ("balance is", "times the oracle's"),
+        {**COPIES, **PADDED},
+    ),
+    "padding takes rows of experts": Mistake(
+        "10",
+        patches.padding_dispatched,
+        ("routing", "drops"),
+        ("the same choices are made and others dropped in the first MoE layer: look at capacity",),
+        {**COPIES, **PADDED},
+    ),
+    "z-loss counts padding": Mistake(
+        "10",
+        patches.padding_in_z_loss,
+        ("loss", "z"),
+        ("z is", "times the oracle's"),
+        {**COPIES, **PADDED},
     ),
     "demand counted after drops": Mistake(
         "11",

@@ -287,6 +287,36 @@ def summed_at_every_micro_batch() -> Patch:
     return mock.patch.object(Gradients, "expect_last", lambda self: self.buckets.finish())
 
 
+def divided_by_all_tokens() -> Patch:
+    """The loss is divided by all positions of the global batch, those without a target too."""
+    original = step_module._place_in_batch
+
+    def place_in_batch(rows: Tensor, *given: Any) -> Any:
+        place, _ = original(rows, *given)
+        return place, place.sequences * (rows.shape[1] - 1)
+
+    return mock.patch.object(step_module, "_place_in_batch", place_in_batch)
+
+
+def padding_in_balance_demand() -> Patch:
+    """The demand that balance terms take has the choices of padding too."""
+    original = balance.demand_by_sequence
+    everything = lambda expert_TK, counted_BS, *given: original(expert_TK, None, *given)  # noqa: E731
+    return mock.patch.object(balance, "demand_by_sequence", everything)
+
+
+def padding_dispatched() -> Patch:
+    """Padding takes rows of experts, and room where they have a capacity."""
+    original = layer.make_plan
+    everything = lambda expert_TK, probability_TK, counted_BS, *given: original(expert_TK, probability_TK, None, *given)  # noqa: E731
+    return mock.patch.object(layer, "make_plan", everything)
+
+
+def padding_in_z_loss() -> Patch:
+    original = balance.z_sum
+    return mock.patch.object(balance, "z_sum", lambda logits_TE, counted_BS: original(logits_TE, None))
+
+
 def _square_here(parameters: Sequence[Any]) -> Tensor:
     return gradients_module._square(list(parameters), torch.device("cpu"))
 

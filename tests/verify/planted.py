@@ -54,7 +54,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "selection biases begin at 0, so that no open group scores below 0 in a first step",
         "moe/test_selection.py::test_groups_closed_one_never_wins_even_with_negative_biases",
     ),
-    "10": ("rows of a proof are full", "moe/test_layer.py::test_layer_added_padding_changes_nothing"),
     "12": (
         "a proof is in fp64 and counts a hundred tokens",
         "train/test_step_terms.py::test_load_is_counted_exactly_beyond_what_a_narrow_type_holds",
