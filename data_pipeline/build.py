@@ -38,6 +38,8 @@ from data_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
+from data_pipeline.minhash import Signer
+from data_pipeline.shingles import SHINGLES_VERSION
 from data_pipeline.survey import (
     Sampled,
     Survey,
@@ -52,6 +54,7 @@ from data_pipeline.survey import (
 )
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moe_dist.config import Config
+from moe_dist.config.schema import NearDuplicateConfig
 from moe_dist.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -151,7 +154,14 @@ def _created_from(config: Config) -> dict[str, Any]:
         "model.vocab_size": config.model.vocab_size,
         **Cleaner(data.clean).created_from,
         **({"data.dedup.exact": True} if data.dedup.exact else {}),
+        **_near_created_from(data.dedup.near),
     }
+
+
+def _near_created_from(near: NearDuplicateConfig) -> dict[str, Any]:
+    if near.similarity is None:
+        return {}
+    return {"data.dedup.near": near.model_dump(), "data.dedup.near.version": list(SHINGLES_VERSION)}
 
 
 class _Build:
@@ -161,12 +171,14 @@ class _Build:
         self.config, self.data, self.listing = config, config.data, listing
         self.use_ray, self.progress = use_ray, progress
         self.cleaner = Cleaner(config.data.clean)
+        self.signer = None if self.data.dedup.near.similarity is None else Signer(self.data.dedup.near)
+        self.finds_duplicates = self.data.dedup.exact or self.signer is not None
 
     def survey(self, items: list[WorkItem]) -> tuple[Survey, list[WorkItem]]:
         """First pass; finds what is unreadable before any work is spent. Returns the items of the second pass too."""
         wanted = 0 if self.data.tokenizer.path else self.data.tokenizer.train_bytes
-        total_bytes, finds = self.listing.size_bytes, self.data.dedup.exact
-        surveyor = Surveyor(self.data.text_field, self._skips, wanted, total_bytes, self.cleaner, finds)
+        total_bytes, finds = self.listing.size_bytes, self.finds_duplicates
+        surveyor = Surveyor(self.data.text_field, self._skips, wanted, total_bytes, self.cleaner, finds, self.signer)
         parts: dict[int, Survey] = {}
         sample: list[Sampled] = []
         for index, part in self.run("read text", surveyor, items):
@@ -177,7 +189,8 @@ class _Build:
         found.sample = sample
         if finds:
             numbers = [len(parts[index].prints) // PRINT_BYTES for index in sorted(parts)]
-            items = mark_repeated(items, numbers, take_out_repeated(found))
+            repeated, _ = take_out_repeated(found, self.data.dedup)
+            items = mark_repeated(items, numbers, repeated)
         return found, [replace(i, files=tuple(f for f in i.files if f.id not in found.damaged)) for i in items]
 
     def tokenizer(self, found: Survey, cut: int) -> Tokenizer:
@@ -234,7 +247,7 @@ def _write(run: _Build, folder: Path, name: str, created_from: dict[str, Any]) -
     rows = dict(run.run("write shards", run.encoder(folder, cut), items))
     for leftover in folder.glob(".*"):
         leftover.unlink()
-    cleaned = run.cleaner.is_on or run.data.dedup.exact
+    cleaned = run.cleaner.is_on or run.finds_duplicates
     manifest = Manifest(
         version=CLEANED_VERSION if cleaned else FORMAT_VERSION,
         fingerprint=name,

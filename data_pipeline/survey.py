@@ -18,7 +18,11 @@ from data_pipeline.dedup import PRINT_BYTES, document_print, find_repeated, spli
 from data_pipeline.documents import Document, read_documents
 from data_pipeline.holdout import HASH_RANGE, sample_hash, split_hash
 from data_pipeline.listing import InputFile
+from data_pipeline.minhash import Signer
+from data_pipeline.near import NearDuplicates, find_near_duplicates
+from data_pipeline.shingles import BATCH_CHARACTERS
 from data_pipeline.tally import Tally, source_of
+from moe_dist.config.schema import DedupConfig
 from moe_dist.errors import DataError
 
 
@@ -64,6 +68,7 @@ class Survey:
         sample: Documents that may serve to train the tokenizer.
         tally: What cleaning did.
         prints: A `document_print` of each document that cleaning leaves, where duplicates are looked for.
+        signatures: The MinHash signature of each of them, where near-duplicates are looked for.
         sources: (source, number of prints from it), in the order of the prints.
     """
 
@@ -75,6 +80,7 @@ class Survey:
     sample: list[Sampled] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     prints: bytearray = field(default_factory=bytearray)
+    signatures: bytearray = field(default_factory=bytearray)
     sources: list[tuple[str, int]] = field(default_factory=list)
 
 
@@ -89,6 +95,7 @@ class Surveyor:
         total_bytes: Size of the whole input, to judge which share of it to sample.
         cleaner: Cleans each document.
         finds_duplicates: Leave a print of each document.
+        signer: Leaves a signature of each document; None leaves none.
     """
 
     text_field: str
@@ -97,6 +104,7 @@ class Surveyor:
     total_bytes: int
     cleaner: Cleaner = field(default_factory=Cleaner)
     finds_duplicates: bool = False
+    signer: Signer | None = None
 
     def __call__(self, item: WorkItem) -> Survey:
         """Reads every file of an item.
@@ -111,39 +119,53 @@ class Surveyor:
 
     def _survey_file(self, file: InputFile) -> Survey:
         found, source = Survey(), source_of(file.id)
+        batch: list[Document] = []
+        size = 0
         try:
             for document in read_documents(file, self.text_field):
-                self._add(found, document, source)
+                cleaned = self._cleaned(found, document, source)
+                if cleaned is not None:
+                    batch.append(cleaned)
+                    size += len(cleaned.text)
+                if size >= BATCH_CHARACTERS:
+                    self._add_kept(found, batch)
+                    batch, size = [], 0
         except DataError as error:
             if not self.skip_unreadable:
                 raise
             return Survey(damaged={file.id}, skipped=[(file.id, _reason(error))])
+        self._add_kept(found, batch)
         found.sample = trim(found.sample, self.sample_bytes)
         found.sources = [(source, len(found.prints) // PRINT_BYTES)]
         return found
 
-    def _add(self, found: Survey, document: Document | DataError, source: str) -> None:
+    def _cleaned(self, found: Survey, document: Document | DataError, source: str) -> Document | None:
+        """The document as cleaning leaves it; counts what becomes of it otherwise."""
         if isinstance(document, DataError):
             if not self.skip_unreadable:
                 raise document
             found.skipped.append((document.where, _reason(document)))
-        elif not document.text:
+            return None
+        if not document.text:
             found.empty += 1
-        else:
-            cleaned = self.cleaner(document)
-            found.tally.add(source, cleaned.changed_by, cleaned.removed_by)
-            if cleaned.document is not None:
-                self._add_kept(found, cleaned.document)
+            return None
+        cleaned = self.cleaner(document)
+        found.tally.add(source, cleaned.changed_by, cleaned.removed_by)
+        return cleaned.document
 
-    def _add_kept(self, found: Survey, document: Document) -> None:
-        place = split_hash(document.id)
-        found.documents += 1
-        found.lowest_hash = place if found.lowest_hash is None else min(place, found.lowest_hash)
-        found.sample.append(Sampled(sample_hash(document.id), place, document.text, document.num_bytes))
-        if len(found.sample) % 256 == 0:
-            found.sample = trim(found.sample, self.sample_bytes)
-        if self.finds_duplicates:
-            found.prints += document_print(document.text, place)
+    def _add_kept(self, found: Survey, batch: list[Document]) -> None:
+        """Adds documents that cleaning leaves; many at once, for the sake of the signer."""
+        for document in batch:
+            place = split_hash(document.id)
+            found.documents += 1
+            found.lowest_hash = place if found.lowest_hash is None else min(place, found.lowest_hash)
+            found.sample.append(Sampled(sample_hash(document.id), place, document.text, document.num_bytes))
+            if len(found.sample) % 256 == 0:
+                found.sample = trim(found.sample, self.sample_bytes)
+            if self.finds_duplicates:
+                found.prints += document_print(document.text, place)
+        if self.signer is not None:
+            found.signatures += self.signer([document.text for document in batch]).tobytes()
 
 
 def plan_items(files: Iterable[InputFile], shard_bytes: int) -> list[WorkItem]:
@@ -172,29 +194,50 @@ def merge(surveys: Iterable[Survey]) -> Survey:
         total.sample += part.sample
         total.tally.merge(part.tally)
         total.prints += part.prints
+        total.signatures += part.signatures
         total.sources += part.sources
     total.sample.sort(key=lambda s: s.order)
     return total
 
 
-def take_out_repeated(found: Survey) -> NDArray[np.bool_]:
-    """Takes documents with the text of an earlier one out of a whole survey.
+def take_out_repeated(found: Survey, dedup: DedupConfig) -> tuple[NDArray[np.bool_], NearDuplicates | None]:
+    """Takes copies of earlier documents out of a whole survey: exact ones first, then near-duplicates.
+
+    Args:
+        found: The survey of the whole input.
+        dedup: `data.dedup`.
 
     Returns:
-        Which ones they are, in the order of the prints: [N].
+        Which documents go, in the order of the prints: [N]; and the near-duplicates among them, if such are looked for.
     """
-    repeated = find_repeated(found.prints)
     splits = split_hashes(found.prints)
-    gone = set(splits[repeated].tolist())
-    found.sample = [sampled for sampled in found.sample if sampled.split not in gone]
-    found.documents = int((~repeated).sum())
-    found.lowest_hash = int(splits[~repeated].min()) if found.documents else None
+    gone = np.zeros(len(splits), dtype=np.bool_)
+    near = None
+    if dedup.exact:
+        gone |= find_repeated(found.prints)
+        _count_removed(found, "exact_duplicate", gone)
+    if dedup.near.similarity is not None:
+        signatures = np.frombuffer(found.signatures, dtype=np.uint8).reshape(len(splits), Signer(dedup.near).size)
+        near = find_near_duplicates(signatures, np.flatnonzero(~gone & signatures.any(axis=1)), dedup.near)
+        similar = np.zeros(len(splits), dtype=np.bool_)
+        similar[near.gone] = True
+        _count_removed(found, "near_duplicate", similar)
+        gone |= similar
+    sampled = np.array([document.split for document in found.sample], dtype=np.uint64)
+    stays = (~np.isin(sampled, splits[gone])).tolist()
+    found.sample = [document for document, keep in zip(found.sample, stays, strict=True) if keep]
+    found.documents = int((~gone).sum())
+    found.lowest_hash = int(splits[~gone].min()) if found.documents else None
+    return gone, near
+
+
+def _count_removed(found: Survey, rule: str, removed: NDArray[np.bool_]) -> None:
     start = 0
     for source, number in found.sources:
-        found.tally.removed["exact_duplicate", source] += int(repeated[start : start + number].sum())
+        count = int(removed[start : start + number].sum())
+        if count:
+            found.tally.removed[rule, source] += count
         start += number
-    found.tally.removed = +found.tally.removed
-    return repeated
 
 
 def mark_repeated(items: list[WorkItem], numbers: list[int], repeated: NDArray[np.bool_]) -> list[WorkItem]:

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator
 
+from moe_dist.config.cleaning_rules import near_duplicate_rules
 from moe_dist.config.schema import QUALITY_RULES, Config, MoEConfig
 from moe_dist.errors import ConfigError
 
@@ -41,6 +42,7 @@ def _data_rules(config: Config) -> Iterator[ConfigError]:
                 f"a quality rule is one of {', '.join(QUALITY_RULES)}",
                 f"data.clean.rules=[{nearest}]",
             )
+    yield from near_duplicate_rules(config.data.dedup.near)
 
 
 def _model_rules(config: Config) -> Iterator[ConfigError]:

@@ -60,8 +60,32 @@ class CleanConfig(Section):
     )
 
 
+class NearDuplicateConfig(Section):
+    similarity: float | None = key(
+        None,
+        "A document goes where an earlier one that stays shares at least this part of both their shingles (Jaccard "
+        "similarity, estimated by MinHash); null looks for no near-duplicates.",
+        "fraction",
+        gt=0,
+        le=1,
+    )
+    shingle_words: int = key(
+        5, "Words of a shingle; in scripts written without spaces, such as Chinese, characters.", "words", ge=1, le=64
+    )
+    bands: int = key(
+        14,
+        "Bands of a signature. Documents of similarity s share one, and are compared, with probability "
+        "1 - (1 - s^rows)^bands; docs/data.md has a table.",
+        "bands",
+        ge=1,
+        le=256,
+    )
+    rows: int = key(8, "Hash functions of a band, of one byte each for every document.", "rows", ge=2, le=64)
+
+
 class DedupConfig(Section):
     exact: bool = key(False, "Of documents with the same text (after `data.clean`), only the first of the input stays.")
+    near: NearDuplicateConfig = section(NearDuplicateConfig, "Which documents are too similar to an earlier one.")
 
 
 class DataConfig(Section):
