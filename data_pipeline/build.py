@@ -23,8 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.clean import Cleaner
+from data_pipeline.contamination import RUNS_NAME, Decontaminator, evaluation_created_from, open_decontaminator
+from data_pipeline.content import add_up, content_tree
 from data_pipeline.dedup import PRINT_BYTES
-from data_pipeline.encode import Encoder
+from data_pipeline.encode import Encoder, Written
+from data_pipeline.examples import Pair, choose_pairs, leak_examples, pair_examples
 from data_pipeline.holdout import holdout_cut
 from data_pipeline.listing import Listing, list_input
 from data_pipeline.manifest import (
@@ -52,9 +55,10 @@ from data_pipeline.survey import (
     training_texts,
     trim,
 )
+from data_pipeline.tally import OTHER_SOURCES
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moe_dist.config import Config
-from moe_dist.config.schema import NearDuplicateConfig
+from moe_dist.config.schema import DataConfig, NearDuplicateConfig
 from moe_dist.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -155,7 +159,15 @@ def _created_from(config: Config) -> dict[str, Any]:
         **Cleaner(data.clean).created_from,
         **({"data.dedup.exact": True} if data.dedup.exact else {}),
         **_near_created_from(data.dedup.near),
+        **evaluation_created_from(data),
+        **({"data.count_languages": True} if data.count_languages and not _cleans(data) else {}),
     }
+
+
+def _cleans(data: DataConfig) -> bool:
+    """Whether documents may be changed or left out, of which the manifest then gives an account."""
+    dedup = data.dedup.exact or data.dedup.near.similarity is not None
+    return Cleaner(data.clean).is_on or dedup or bool(data.decontaminate.against)
 
 
 def _near_created_from(near: NearDuplicateConfig) -> dict[str, Any]:
@@ -172,13 +184,16 @@ class _Build:
         self.use_ray, self.progress = use_ray, progress
         self.cleaner = Cleaner(config.data.clean)
         self.signer = None if self.data.dedup.near.similarity is None else Signer(self.data.dedup.near)
-        self.finds_duplicates = self.data.dedup.exact or self.signer is not None
+        self.decontaminator: Decontaminator | None = None
+        self.pairs: list[Pair] = []
 
     def survey(self, items: list[WorkItem]) -> tuple[Survey, list[WorkItem]]:
         """First pass; finds what is unreadable before any work is spent. Returns the items of the second pass too."""
         wanted = 0 if self.data.tokenizer.path else self.data.tokenizer.train_bytes
-        total_bytes, finds = self.listing.size_bytes, self.finds_duplicates
-        surveyor = Surveyor(self.data.text_field, self._skips, wanted, total_bytes, self.cleaner, finds, self.signer)
+        total_bytes = self.listing.size_bytes
+        finds = self.data.dedup.exact or self.signer is not None or self.decontaminator is not None
+        looks = (self.cleaner, finds, self.signer, self.decontaminator)
+        surveyor = Surveyor(self.data.text_field, self._skips, wanted, total_bytes, *looks)
         parts: dict[int, Survey] = {}
         sample: list[Sampled] = []
         for index, part in self.run("read text", surveyor, items):
@@ -189,8 +204,10 @@ class _Build:
         found.sample = sample
         if finds:
             numbers = [len(parts[index].prints) // PRINT_BYTES for index in sorted(parts)]
-            repeated, _ = take_out_repeated(found, self.data.dedup)
-            items = mark_repeated(items, numbers, repeated)
+            repeated, near = take_out_repeated(found, self.data.dedup)
+            self.pairs = choose_pairs(near) if near is not None else []
+            noted = (number for gone, kept, _ in self.pairs for number in (gone, kept))
+            items = mark_repeated(items, numbers, repeated, noted)
         return found, [replace(i, files=tuple(f for f in i.files if f.id not in found.damaged)) for i in items]
 
     def tokenizer(self, found: Survey, cut: int) -> Tokenizer:
@@ -208,7 +225,20 @@ class _Build:
         """The second pass's work on one item."""
         data = self.data
         vocab_size = self.config.model.vocab_size
-        return Encoder(folder, data.text_field, self._skips, cut, data.shard_bytes, vocab_size, self.cleaner)
+        settings = (data.text_field, self._skips, cut, data.shard_bytes, vocab_size, self.cleaner)
+        return Encoder(folder, *settings, self.reports)
+
+    def account(self, found: Survey, written: list[Written]) -> dict[str, Any]:
+        """What was changed and left out, and what is there, as the manifest has it."""
+        named, contents = found.tally.named_sources(), add_up(part.content for part in written)
+        tree = {**found.tally.tree(), "content": content_tree(contents, named, OTHER_SOURCES)}
+        if self.signer is not None:
+            notes = {number: (id_, text) for part in written for number, id_, text in part.notes}
+            tree["near_duplicates"] = pair_examples(self.pairs, notes)
+        if self.decontaminator is not None:
+            tree["decontaminated"] = leak_examples(found.leaks)
+            tree["evaluation"] = self.decontaminator.figures
+        return tree
 
     def run(self, stage: str, work: Callable[[WorkItem], Any], items: list[WorkItem]) -> Iterator[tuple[int, Any]]:
         """Does the work on every item; yields (index of the item, result) as they are done."""
@@ -218,6 +248,11 @@ class _Build:
             done += items[index].size_bytes
             self.progress(stage, done, total)
             yield index, result
+
+    @property
+    def reports(self) -> bool:
+        """Whether the manifest has an account of what was left out and what is there."""
+        return _cleans(self.data) or self.data.count_languages
 
     @property
     def _skips(self) -> bool:
@@ -238,28 +273,30 @@ def _build_beside(run: _Build, folder: Path, created_from: dict[str, Any]) -> No
 
 def _write(run: _Build, folder: Path, name: str, created_from: dict[str, Any]) -> None:
     """Writes a whole build into a private folder, the manifest last."""
+    if run.data.decontaminate.against:
+        run.decontaminator = open_decontaminator(run.data, folder / RUNS_NAME)
     found, items = run.survey(plan_items(run.listing.files, run.data.shard_bytes))
     _check_documents(run, found)
     cut = holdout_cut(run.data.holdout_fraction, found.lowest_hash)
     tokenizer = run.tokenizer(found, cut)
     tokenizer.save(folder / TOKENIZER_NAME)
     found.sample.clear()
-    rows = dict(run.run("write shards", run.encoder(folder, cut), items))
+    results = dict(run.run("write shards", run.encoder(folder, cut), items))
+    written: list[Written] = [results[index] for index in sorted(results)]
     for leftover in folder.glob(".*"):
         leftover.unlink()
-    cleaned = run.cleaner.is_on or run.finds_duplicates
     manifest = Manifest(
-        version=CLEANED_VERSION if cleaned else FORMAT_VERSION,
+        version=CLEANED_VERSION if run.reports else FORMAT_VERSION,
         fingerprint=name,
         created_from={"data.input": run.data.input, **created_from},
         tokenizer_sha256=tokenizer.sha256,
         tokenizer_size=tokenizer.size,
         end_of_text=tokenizer.end_of_text,
-        splits={split: tuple(shard for index in sorted(rows) for shard in rows[index][split]) for split in SPLITS},
+        splits={split: tuple(shard for part in written for shard in part.shards[split]) for split in SPLITS},
         empty_documents=found.empty,
         skipped=tuple(found.skipped),
         ignored_endings=run.listing.ignored_endings,
-        cleaning=found.tally.tree() if cleaned else None,
+        cleaning=run.account(found, written) if run.reports else None,
     )
     write_manifest(folder, manifest)
 
@@ -269,7 +306,7 @@ def _check_documents(run: _Build, found: Survey) -> None:
         return
     removed = sum(found.tally.removed.values())
     more = f", {found.empty} empty ones and {len(found.skipped)} unreadable ones"
-    more += f"; {removed} were removed by data.clean or data.dedup" if removed else ""
+    more += f"; {removed} were removed by data.clean, data.dedup or data.decontaminate" if removed else ""
     raise DataError(
         f"data.input={run.data.input}",
         f"{found.documents} documents with text{more}",

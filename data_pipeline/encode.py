@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,15 +12,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.clean import Cleaner
+from data_pipeline.content import Counts, count_document
 from data_pipeline.documents import Document, read_documents
+from data_pipeline.examples import NOTED_CHARACTERS, Note
 from data_pipeline.holdout import split_hash
 from data_pipeline.manifest import TOKENIZER_NAME, Shard
 from data_pipeline.shards import ShardWriter
 from data_pipeline.survey import WorkItem
+from data_pipeline.tally import source_of
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from moe_dist.errors import DataError
 
 _BATCH_BYTES = 2**20  # text that is encoded at once
+
+
+@dataclass
+class Written:
+    """What the second pass made of a work item.
+
+    Attributes:
+        shards: The shards of each split.
+        content: Counts by source and language, where they are asked for.
+        notes: Documents that may be shown.
+    """
+
+    shards: dict[str, list[Shard]] = field(default_factory=dict)
+    content: Counts = field(default_factory=Counter)
+    notes: list[Note] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,7 @@ class Encoder:
         shard_bytes: A shard is closed when it holds this much text.
         vocab_size: `model.vocab_size`.
         cleaner: Cleans each document, as it did in the survey.
+        counts_languages: Count documents, bytes and tokens by source and language.
     """
 
     folder: Path
@@ -43,37 +63,44 @@ class Encoder:
     shard_bytes: int
     vocab_size: int
     cleaner: Cleaner = field(default_factory=Cleaner)
+    counts_languages: bool = False
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.folder / TOKENIZER_NAME, self.vocab_size)
 
-    def __call__(self, item: WorkItem) -> dict[str, list[Shard]]:
+    def __call__(self, item: WorkItem) -> Written:
         """Writes the shards of an item; the same bytes in whichever process.
 
         Raises:
             DataError: A file changed since the survey.
             OSError: A shard cannot be written.
         """
-        output = _ItemShards(self, item.index)
+        output, written = _ItemShards(self, item.index), Written()
         try:
-            for batch in _batches(self._documents(item)):
-                for document, ids in zip(batch, self._tokenizer.encode_batch([d.text for d in batch]), strict=True):
+            for batch in _batches(self._documents(item, written)):
+                texts = [document.text for _, document in batch]
+                for (source, document), ids in zip(batch, self._tokenizer.encode_batch(texts), strict=True):
                     output.add(document, np.append(ids, np.int32(self._tokenizer.end_of_text)))
-            return output.close()
+                    if self.counts_languages:
+                        count_document(written.content, source, document.text, (document.num_bytes, len(ids) + 1))
+            written.shards = output.close()
+            return written
         except BaseException:
             output.discard()
             raise
 
-    def _documents(self, item: WorkItem) -> Iterator[Document]:
-        """Documents that are no copies of an earlier one."""
+    def _documents(self, item: WorkItem, written: Written) -> Iterator[tuple[str, Document]]:
+        """(source, document) of those that are no copies of an earlier one; notes those that may be shown."""
         if item.repeated is None:
             yield from self._cleaned(item)
             return
         number = 0
-        for document in self._cleaned(item):
+        for source, document in self._cleaned(item):
+            if number in item.noted:
+                written.notes.append((item.first + number, document.id, document.text[:NOTED_CHARACTERS]))
             if number < len(item.repeated) and not item.repeated[number]:
-                yield document
+                yield source, document
             number += 1
         if number != len(item.repeated):
             raise DataError(
@@ -83,13 +110,14 @@ class Encoder:
                 "build again when nothing writes to data.input",
             )
 
-    def _cleaned(self, item: WorkItem) -> Iterator[Document]:
+    def _cleaned(self, item: WorkItem) -> Iterator[tuple[str, Document]]:
         for file in item.files:
+            source = source_of(file.id)
             for document in read_documents(file, self.text_field):
                 if isinstance(document, Document):
                     kept = self.cleaner(document).document if document.text else None
                     if kept is not None:
-                        yield kept
+                        yield source, kept
                 elif not self.skip_unreadable:
                     raise document
 
@@ -121,11 +149,11 @@ class _ItemShards:
             writer.discard()
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    batch: list[tuple[str, Document]] = []
     size = 0
-    for document in documents:
-        batch.append(document)
+    for source, document in documents:
+        batch.append((source, document))
         size += document.num_bytes
         if size >= _BATCH_BYTES:
             yield batch

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.clean import Cleaner
+from data_pipeline.contamination import Decontaminator, Leak
 from data_pipeline.dedup import PRINT_BYTES, document_print, find_repeated, split_hashes
 from data_pipeline.documents import Document, read_documents
+from data_pipeline.examples import MOST_EXAMPLES, cut_short
 from data_pipeline.holdout import HASH_RANGE, sample_hash, split_hash
 from data_pipeline.listing import InputFile
 from data_pipeline.minhash import Signer
@@ -33,12 +35,16 @@ class WorkItem:
     Attributes:
         index: Their place in the order of all text.
         files: The files.
-        repeated: Which of their documents that cleaning leaves are copies of an earlier one; None leaves out none.
+        repeated: Which of their documents that cleaning leaves go all the same (leaks, copies); None leaves out none.
+        first: Number in the whole input of the first of these documents, where `repeated` is known.
+        noted: Numbers in the item of documents that may be shown as examples.
     """
 
     index: int
     files: tuple[InputFile, ...]
     repeated: NDArray[np.bool_] | None = field(default=None, compare=False)
+    first: int = 0
+    noted: tuple[int, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -69,6 +75,8 @@ class Survey:
         tally: What cleaning did.
         prints: A `document_print` of each document that cleaning leaves, where duplicates are looked for.
         signatures: The MinHash signature of each of them, where near-duplicates are looked for.
+        leaked: For each of them 1 where it shares a run with evaluation text, else 0, where such are looked for.
+        leaks: (hash for order, id, file of evaluation text, shared run) of some that do, the lowest hashes first.
         sources: (source, number of prints from it), in the order of the prints.
     """
 
@@ -81,6 +89,8 @@ class Survey:
     tally: Tally = field(default_factory=Tally)
     prints: bytearray = field(default_factory=bytearray)
     signatures: bytearray = field(default_factory=bytearray)
+    leaked: bytearray = field(default_factory=bytearray)
+    leaks: list[tuple[int, str, str, str]] = field(default_factory=list)
     sources: list[tuple[str, int]] = field(default_factory=list)
 
 
@@ -96,6 +106,7 @@ class Surveyor:
         cleaner: Cleans each document.
         finds_duplicates: Leave a print of each document.
         signer: Leaves a signature of each document; None leaves none.
+        decontaminator: Finds documents that share text with evaluation text; None finds none.
     """
 
     text_field: str
@@ -105,6 +116,7 @@ class Surveyor:
     cleaner: Cleaner = field(default_factory=Cleaner)
     finds_duplicates: bool = False
     signer: Signer | None = None
+    decontaminator: Decontaminator | None = None
 
     def __call__(self, item: WorkItem) -> Survey:
         """Reads every file of an item.
@@ -128,13 +140,13 @@ class Surveyor:
                     batch.append(cleaned)
                     size += len(cleaned.text)
                 if size >= BATCH_CHARACTERS:
-                    self._add_kept(found, batch)
+                    self._add_kept(found, batch, source)
                     batch, size = [], 0
         except DataError as error:
             if not self.skip_unreadable:
                 raise
             return Survey(damaged={file.id}, skipped=[(file.id, _reason(error))])
-        self._add_kept(found, batch)
+        self._add_kept(found, batch, source)
         found.sample = trim(found.sample, self.sample_bytes)
         found.sources = [(source, len(found.prints) // PRINT_BYTES)]
         return found
@@ -153,19 +165,29 @@ class Surveyor:
         found.tally.add(source, cleaned.changed_by, cleaned.removed_by)
         return cleaned.document
 
-    def _add_kept(self, found: Survey, batch: list[Document]) -> None:
-        """Adds documents that cleaning leaves; many at once, for the sake of the signer."""
-        for document in batch:
+    def _add_kept(self, found: Survey, batch: list[Document], source: str) -> None:
+        """Adds documents that cleaning leaves; many at once, for the sake of what looks at their words."""
+        texts = [document.text for document in batch]
+        leaks = self.decontaminator(texts) if self.decontaminator is not None else [None] * len(batch)
+        for document, leak in zip(batch, leaks, strict=True):
             place = split_hash(document.id)
-            found.documents += 1
-            found.lowest_hash = place if found.lowest_hash is None else min(place, found.lowest_hash)
-            found.sample.append(Sampled(sample_hash(document.id), place, document.text, document.num_bytes))
-            if len(found.sample) % 256 == 0:
-                found.sample = trim(found.sample, self.sample_bytes)
             if self.finds_duplicates:
                 found.prints += document_print(document.text, place)
+            if leak is None:
+                self._add_staying(found, document, place)
+            else:
+                _add_leak(found, document, leak, source)
         if self.signer is not None:
-            found.signatures += self.signer([document.text for document in batch]).tobytes()
+            found.signatures += self.signer(texts).tobytes()
+        if self.decontaminator is not None:
+            found.leaked += bytes(leak is not None for leak in leaks)
+
+    def _add_staying(self, found: Survey, document: Document, place: int) -> None:
+        found.documents += 1
+        found.lowest_hash = place if found.lowest_hash is None else min(place, found.lowest_hash)
+        found.sample.append(Sampled(sample_hash(document.id), place, document.text, document.num_bytes))
+        if len(found.sample) % 256 == 0:
+            found.sample = trim(found.sample, self.sample_bytes)
 
 
 def plan_items(files: Iterable[InputFile], shard_bytes: int) -> list[WorkItem]:
@@ -195,13 +217,18 @@ def merge(surveys: Iterable[Survey]) -> Survey:
         total.tally.merge(part.tally)
         total.prints += part.prints
         total.signatures += part.signatures
+        total.leaked += part.leaked
+        total.leaks += part.leaks
         total.sources += part.sources
     total.sample.sort(key=lambda s: s.order)
+    total.leaks = sorted(total.leaks)[:MOST_EXAMPLES]
     return total
 
 
 def take_out_repeated(found: Survey, dedup: DedupConfig) -> tuple[NDArray[np.bool_], NearDuplicates | None]:
     """Takes copies of earlier documents out of a whole survey: exact ones first, then near-duplicates.
+
+    Documents with evaluation text are out already; they make no other one go.
 
     Args:
         found: The survey of the whole input.
@@ -211,11 +238,12 @@ def take_out_repeated(found: Survey, dedup: DedupConfig) -> tuple[NDArray[np.boo
         Which documents go, in the order of the prints: [N]; and the near-duplicates among them, if such are looked for.
     """
     splits = split_hashes(found.prints)
-    gone = np.zeros(len(splits), dtype=np.bool_)
+    gone = np.frombuffer(found.leaked or bytes(len(splits)), dtype=np.bool_).copy()
     near = None
     if dedup.exact:
-        gone |= find_repeated(found.prints)
-        _count_removed(found, "exact_duplicate", gone)
+        repeated = find_repeated(found.prints) & ~gone  # a copy of a leak is a leak itself
+        _count_removed(found, "exact_duplicate", repeated)
+        gone |= repeated
     if dedup.near.similarity is not None:
         signatures = np.frombuffer(found.signatures, dtype=np.uint8).reshape(len(splits), Signer(dedup.near).size)
         near = find_near_duplicates(signatures, np.flatnonzero(~gone & signatures.any(axis=1)), dedup.near)
@@ -240,10 +268,26 @@ def _count_removed(found: Survey, rule: str, removed: NDArray[np.bool_]) -> None
         start += number
 
 
-def mark_repeated(items: list[WorkItem], numbers: list[int], repeated: NDArray[np.bool_]) -> list[WorkItem]:
-    """Gives each item its part of what `take_out_repeated` found; `numbers` are the items' numbers of prints."""
-    parts = np.split(repeated, list(accumulate(numbers))[:-1])
-    return [replace(item, repeated=part) for item, part in zip(items, parts, strict=True)]
+def mark_repeated(
+    items: list[WorkItem], numbers: list[int], repeated: NDArray[np.bool_], noted: Iterable[int] = ()
+) -> list[WorkItem]:
+    """Gives each item its part of what `take_out_repeated` found.
+
+    Args:
+        items: The items.
+        numbers: Their numbers of prints.
+        repeated: Which documents go: [N].
+        noted: Numbers of documents that may be shown.
+    """
+    ends = list(accumulate(numbers))
+    parts = np.split(repeated, ends[:-1])
+    wanted = sorted(set(noted))
+    marked = []
+    for item, part, end in zip(items, parts, ends, strict=True):
+        first = end - len(part)
+        own = tuple(number - first for number in wanted if first <= number < end)
+        marked.append(replace(item, repeated=part, first=first, noted=own))
+    return marked
 
 
 def trim(sample: list[Sampled], limit_bytes: int) -> list[Sampled]:
@@ -273,3 +317,9 @@ def training_texts(sample: list[Sampled], cut: int, limit_bytes: int) -> Iterato
 
 def _reason(error: DataError) -> str:
     return f"{error.value} (rule: {error.rule})"
+
+
+def _add_leak(found: Survey, document: Document, leak: Leak, source: str) -> None:
+    found.tally.removed["decontaminated", source] += 1
+    row = (sample_hash(document.id), document.id, leak.against, cut_short(leak.text))
+    found.leaks = sorted([*found.leaks, row])[:MOST_EXAMPLES]

@@ -1,10 +1,10 @@
-"""Rules that join keys of `data.dedup`: part of `rules.py`, in a file of its own for its length."""
+"""Rules that join keys of `data.dedup` or `data.decontaminate`: a part of `rules.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_dist.config.schema import NearDuplicateConfig
+from moe_dist.config.schema import DecontaminateConfig, NearDuplicateConfig
 from moe_dist.errors import ConfigError
 
 
@@ -31,3 +31,17 @@ def near_duplicate_rules(near: NearDuplicateConfig) -> Iterator[ConfigError]:
             "at least half should be",
             f"data.dedup.near.rows={rows}" if rows else "data.dedup.near.similarity=0.7 or more, or more bands",
         )
+
+
+def decontaminate_rules(settings: DecontaminateConfig) -> Iterator[ConfigError]:
+    """How leaks are found says nothing where none are looked for."""
+    for name in ("ngram_words", "text_field"):
+        default = DecontaminateConfig.model_fields[name].default
+        if not settings.against and getattr(settings, name) != default:
+            yield ConfigError(
+                f"data.decontaminate.{name}",
+                getattr(settings, name),
+                "says how evaluation text is looked for; data.decontaminate.against=[] looks for none",
+                f"data.decontaminate.{name}={'null' if default is None else default}, or files in "
+                "data.decontaminate.against",
+            )

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator
 
-from moe_dist.config.cleaning_rules import near_duplicate_rules
+from moe_dist.config.cleaning_rules import decontaminate_rules, near_duplicate_rules
 from moe_dist.config.schema import QUALITY_RULES, Config, MoEConfig
 from moe_dist.errors import ConfigError
 
@@ -43,6 +43,7 @@ def _data_rules(config: Config) -> Iterator[ConfigError]:
                 f"data.clean.rules=[{nearest}]",
             )
     yield from near_duplicate_rules(config.data.dedup.near)
+    yield from decontaminate_rules(config.data.decontaminate)
 
 
 def _model_rules(config: Config) -> Iterator[ConfigError]:

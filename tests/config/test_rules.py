@@ -45,6 +45,15 @@ BROKEN = [
         ("data.dedup.near.similarity", 0.5, "only 5.3% of pairs", "data.dedup.near.rows=4"),
     ),
     (
+        {"data": {"decontaminate": {"text_field": "question"}}},
+        (
+            "data.decontaminate.text_field",
+            "question",
+            "looks for none",
+            "data.decontaminate.text_field=null, or files in data.decontaminate.against",
+        ),
+    ),
+    (
         {"model": {"moe": {"backend": "grouped", "expert_width": 13}}},
         ("model.moe.expert_width", 13, "whole 16 bytes", "model.moe.expert_width=16, or model.moe.backend=auto"),
     ),
