@@ -21,6 +21,7 @@ from data_pipeline.shingles import Shingles, shingles_of
 from moe_dist.config.schema import NearDuplicateConfig
 
 _BITS = 8
+_CACHED = 2**17  # values that are hashed at once: few enough to stay in a cache, many enough for short texts
 _SEED = 0x6D6F655F64697374
 
 
@@ -54,11 +55,12 @@ def signatures_of(shingles: Shingles, size: int) -> NDArray[np.uint8]:
     values = (shingles.hashes >> np.uint64(32)).astype(np.uint32)
     factors, offsets = _functions(size)
     minima = np.empty((size, len(starts)), dtype=np.uint32)
-    hashed = np.empty_like(values)
-    for number in range(size):
-        np.multiply(values, factors[number], out=hashed)
-        hashed += offsets[number]
-        np.minimum.reduceat(hashed, starts, out=minima[number])
+    at_once = max(1, _CACHED // len(values))
+    for first in range(0, size, at_once):
+        some = slice(first, first + at_once)
+        hashed = values * factors[some, None]
+        hashed += offsets[some, None]
+        np.minimum.reduceat(hashed, starts, axis=1, out=minima[some])
     signatures[filled] = _bytes_of(minima).T
     return signatures
 

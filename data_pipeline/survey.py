@@ -177,6 +177,8 @@ class Surveyor:
                 self._add_staying(found, document, place)
             else:
                 _add_leak(found, document, leak, source)
+        if sum(sampled.num_bytes for sampled in found.sample) > 2 * self.sample_bytes:  # so that sorting stays rare
+            found.sample = trim(found.sample, self.sample_bytes)
         if self.signer is not None:
             found.signatures += self.signer(texts).tobytes()
         if self.decontaminator is not None:
@@ -186,8 +188,6 @@ class Surveyor:
         found.documents += 1
         found.lowest_hash = place if found.lowest_hash is None else min(place, found.lowest_hash)
         found.sample.append(Sampled(sample_hash(document.id), place, document.text, document.num_bytes))
-        if len(found.sample) % 256 == 0:
-            found.sample = trim(found.sample, self.sample_bytes)
 
 
 def plan_items(files: Iterable[InputFile], shard_bytes: int) -> list[WorkItem]:
