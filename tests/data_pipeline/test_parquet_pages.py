@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from data_pipeline.documents import Document, read_documents
 from data_pipeline.listing import InputFile
 from data_pipeline.parquet_pages import ColumnPages, Malformed, read_chunks, read_pages
+from data_pipeline.streams import MAX_DENSE_BYTES, MAX_EXPANSION
 
 TEXTS = [f"text {i % 70} größe " * (i % 9 + 1) for i in range(1000)]
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -67,9 +68,12 @@ def test_pages_with_random_bytes_end_in_figures_or_a_named_error(seed: int, chan
     data, source = bytearray(sink.getvalue()), random.Random(seed)
     for _ in range(changes):
         data[source.randrange(4, len(data) - 8)] = source.randrange(256)
-    file = io.BytesIO(bytes(data))
+    file, most = io.BytesIO(bytes(data)), max(MAX_DENSE_BYTES, MAX_EXPANSION * len(data))
     try:
         for chunk in read_chunks(file, len(data), "text"):
-            read_pages(file, len(data), chunk)
+            pages = read_pages(file, len(data), chunk)
+            assert pages.values >= chunk.values
+            assert 0 <= pages.dictionary_bytes <= pages.expanded_bytes <= most
+            assert 1 <= pages.rows_within(1000, 64) <= 64
     except Malformed:
         return

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_dist.config import MoEConfig
+from moe_dist.moe.expert_loop import _keeps_busy
 from moe_dist.moe.experts import Experts, choose_backend
 from tests.support.tolerances import assert_close
 
@@ -101,3 +102,11 @@ def test_experts_auto_backend_follows_device_and_type():
     assert chosen("auto", "cuda", torch.float64) == "loop"
     assert chosen("auto", "cuda", torch.bfloat16, width=12) == "loop"
     assert chosen("loop", "cuda", torch.bfloat16) == "loop"
+
+
+@pytest.mark.parametrize(
+    "rows, threads, busy",
+    [([4, 4, 4, 4], 2, True), ([4, 4, 4], 2, False), ([9], 2, False), ([6, 3, 3], 2, True), ([], 2, True)],
+)
+def test_whole_experts_are_taken_only_where_threads_end_together(rows, threads, busy):
+    assert _keeps_busy(rows, threads) is busy
