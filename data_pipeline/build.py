@@ -54,7 +54,7 @@ from data_pipeline.threads import in_threads
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
 from data_pipeline.work import WorkFolder, sweep, work_folder
 from moe_dist.config import Config
-from moe_dist.config.schema import DataConfig
+from moe_dist.config.data_schema import DataConfig
 from moe_dist.errors import DataError
 
 T = TypeVar("T")

@@ -6,7 +6,8 @@ import difflib
 import os
 from collections.abc import Iterator
 
-from moe_dist.config.schema import QUALITY_RULES, Config, MoEConfig
+from moe_dist.config.data_schema import QUALITY_RULES
+from moe_dist.config.schema import Config, MoEConfig
 from moe_dist.errors import ConfigError
 
 

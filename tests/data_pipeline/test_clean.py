@@ -11,7 +11,7 @@ from data_pipeline.documents import Document
 from data_pipeline.language import language_of
 from data_pipeline.page import Page
 from data_pipeline.personal import mask_emails, mask_ip_addresses
-from moe_dist.config.schema import QUALITY_RULES, CleanConfig
+from moe_dist.config.data_schema import QUALITY_RULES, CleanConfig
 from tests.data_pipeline.test_quality import CHINESE, PROSE
 
 
