@@ -25,12 +25,13 @@ from data_pipeline.dedup import PRINT_BYTES
 from data_pipeline.encode import Encoder
 from data_pipeline.holdout import holdout_cut
 from data_pipeline.lengths import write_lengths
-from data_pipeline.listing import Listing, list_input
+from data_pipeline.listing import Listing, list_data
 from data_pipeline.manifest import (
     CLEANED_VERSION,
     FORMAT_VERSION,
     LENGTHS_VERSION,
     MANIFEST_NAME,
+    SOURCES_VERSION,
     SPLITS,
     TOKENIZER_NAME,
     Manifest,
@@ -76,7 +77,7 @@ def build(config: Config, use_ray: bool, progress: Callable[[Progress], None] | 
     Raises:
         DataError: The input, the tokenizer or the disk does not allow it, or a split fills no row.
     """
-    listing = list_input(config.data.input, config.data.suffixes)
+    listing = list_data(config.data)
     created_from = _created_from(config)
     name = fingerprint(listing, created_from)
     folder = Path(config.data.dir) / name
@@ -150,7 +151,13 @@ def _created_from(config: Config) -> dict[str, Any]:
         **Cleaner(data.clean).created_from,
         **({"data.dedup.exact": True} if data.dedup.exact else {}),
         **({"data.packing": data.packing} if data.packing != "concatenate" else {}),
+        **({"data.sources": _sources(data, ("text_field", "license"))} if data.sources else {}),
     }
+
+
+def _sources(data: DataConfig, keys: tuple[str, ...]) -> dict[str, dict[str, Any]] | None:
+    """What the configuration says of each source; None where it names none."""
+    return {name: source.model_dump(include=set(keys)) for name, source in data.sources.items()} or None
 
 
 def _given_tokenizer(config: Config) -> Tokenizer | None:
@@ -287,9 +294,9 @@ def _write(run: _Build, name: str, created_from: dict[str, Any]) -> None:
     splits = {split: tuple(shard for index in sorted(rows) for shard in rows[index][split]) for split in SPLITS}
     cleaned, packed = run.cleaner.is_on or run.data.dedup.exact, run.data.packing == "best_fit"
     manifest = Manifest(
-        version=LENGTHS_VERSION if packed else CLEANED_VERSION if cleaned else FORMAT_VERSION,
+        version=_version(run.data, cleaned, packed),
         fingerprint=name,
-        created_from={"data.input": run.data.input, **created_from},
+        created_from={**({} if run.data.sources else {"data.input": run.data.input}), **created_from},
         tokenizer_sha256=tokenizer.sha256,
         tokenizer_size=tokenizer.size,
         end_of_text=tokenizer.end_of_text,
@@ -299,8 +306,16 @@ def _write(run: _Build, name: str, created_from: dict[str, Any]) -> None:
         ignored_endings=run.listing.ignored_endings,
         cleaning=found.tally.tree() if cleaned else None,
         lengths=write_lengths(run.work.build, splits, tokenizer.end_of_text, run.work.scratch) if packed else None,
+        sources=_sources(run.data, ("input", "license")),
     )
     run.work.finish(manifest)
+
+
+def _version(data: DataConfig, cleaned: bool, packed: bool) -> int:
+    """The earliest version of the format that has what the build needs."""
+    if data.sources:
+        return SOURCES_VERSION
+    return LENGTHS_VERSION if packed else CLEANED_VERSION if cleaned else FORMAT_VERSION
 
 
 def _check_documents(run: _Build, found: Survey) -> None:
@@ -310,7 +325,7 @@ def _check_documents(run: _Build, found: Survey) -> None:
     more = f", {found.empty} empty ones and {len(found.skipped)} unreadable ones"
     more += f"; {removed} were removed by data.clean or data.dedup" if removed else ""
     raise DataError(
-        f"data.input={run.data.input}",
+        f"data.input={run.data.input}" if not run.data.sources else "data.sources",
         f"{found.documents} documents with text{more}",
         "there are at least two documents, one to train on and one to hold out",
         "more files or records (a plain file above 256 KiB counts as several documents)",

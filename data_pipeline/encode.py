@@ -63,7 +63,7 @@ class Encoder:
             OSError: A shard cannot be written.
             CancelledError: It was stopped.
         """
-        output = _ItemShards(self, item.index)
+        output = _ItemShards(self, item)
         try:
             with closing(self._encoded(_batches(self._documents(item)))) as batches:
                 for batch, encoded in batches:
@@ -112,7 +112,7 @@ class Encoder:
 
     def _cleaned(self, item: WorkItem) -> Iterator[Document]:
         for file in item.files:
-            for document in read_documents(file, self.text_field):
+            for document in read_documents(file, file.text_field or self.text_field):
                 if isinstance(document, Document):
                     kept = self.cleaner(document).document if document.text else None
                     if kept is not None:
@@ -124,8 +124,8 @@ class Encoder:
 class _ItemShards:
     """The shards that one work item is being written to, at most one open per split."""
 
-    def __init__(self, encoder: Encoder, index: int) -> None:
-        self._encoder, self._index = encoder, index
+    def __init__(self, encoder: Encoder, item: WorkItem) -> None:
+        self._encoder, self._index, self._source = encoder, item.index, item.source
         self._open: dict[str, ShardWriter] = {}
         self._done: dict[str, list[Shard]] = {"train": [], "heldout": []}
 
@@ -134,7 +134,8 @@ class _ItemShards:
         if split not in self._open:
             name = f"{split}-{self._index:06d}-{len(self._done[split]):04d}.arrow"
             encoder = self._encoder
-            self._open[split] = ShardWriter(encoder.folder / name, encoder.vocab_size, encoder.scratch)
+            path = encoder.folder / name
+            self._open[split] = ShardWriter(path, encoder.vocab_size, encoder.scratch, self._source)
         self._open[split].add(ids, document.num_bytes)
         if self._open[split].text_bytes >= self._encoder.shard_bytes:
             self._done[split].append(self._open.pop(split).close())

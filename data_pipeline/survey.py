@@ -40,6 +40,11 @@ class WorkItem:
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
+    @property
+    def source(self) -> str:
+        """The source that all its files belong to; empty without named sources."""
+        return self.files[0].source if self.files else ""
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -112,7 +117,7 @@ class Surveyor:
     def _survey_file(self, file: InputFile) -> Survey:
         found, source = Survey(), source_of(file.id)
         try:
-            for document in read_documents(file, self.text_field):
+            for document in read_documents(file, file.text_field or self.text_field):
                 self._add(found, document, source)
         except DataError as error:
             if not self.skip_unreadable or isinstance(error, StorageError):
@@ -147,11 +152,11 @@ class Surveyor:
 
 
 def plan_items(files: Iterable[InputFile], shard_bytes: int) -> list[WorkItem]:
-    """Groups the listing, in order: plain files up to `shard_bytes`, each file of records on its own."""
+    """Groups the listing, in order: plain files of a source up to `shard_bytes`, each file of records on its own."""
     groups: list[list[InputFile]] = []
     room = -1
     for file in files:
-        if file.kind != "plain" or file.size_bytes > room:
+        if file.kind != "plain" or file.size_bytes > room or file.source != groups[-1][0].source:
             groups.append([])
             room = max(shard_bytes, file.size_bytes) if file.kind == "plain" else -1
         groups[-1].append(file)

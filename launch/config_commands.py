@@ -110,7 +110,7 @@ def _print_table(rows: list[KeyRow]) -> None:
     table.add_column("meaning", ratio=5)
     for section, keys in itertools.groupby(rows, key=lambda row: row.path.rpartition(".")[0]):
         if section:
-            table.add_row(section, "", "", meanings[section], style="bold")
+            table.add_row(section, "", "", meanings[section.removesuffix(".NAME")], style="bold")
         indent = "  " if section else ""
         for row in keys:
             name = indent + row.path.rpartition(".")[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _MAY_CHANGE = (
     "train.steps",
     "train.routing_ledger",
     "train.checks",
+    "data.prefetch_batches",
     "train.checks_every_steps",
 )
 
@@ -68,12 +70,14 @@ def prepare(config: Config, again: bool) -> dict[str, Any] | None:
 
 def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths, for processes that have another working directory."""
-    from data_pipeline.storage import is_url
-
     run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
     data: dict[str, Any] = {"dir": os.path.abspath(config.data.dir)}
-    if config.data.input != "python-library" and not is_url(config.data.input):
+    if _is_local(config.data.input):
         data["input"] = os.path.abspath(config.data.input)
+    data["sources"] = {
+        name: source.model_copy(update={"input": os.path.abspath(source.input)}) if _is_local(source.input) else source
+        for name, source in config.data.sources.items()
+    }
     if config.data.tokenizer.path is not None:
         path = os.path.abspath(config.data.tokenizer.path)
         data["tokenizer"] = config.data.tokenizer.model_copy(update={"path": path})
@@ -81,6 +85,12 @@ def resolve_paths(config: Config) -> Config:
     if train.routing_replay is not None:
         train = train.model_copy(update={"routing_replay": os.path.abspath(train.routing_replay)})
     return config.model_copy(update={"run": run, "data": config.data.model_copy(update=data), "train": train})
+
+
+def _is_local(source: str) -> bool:
+    from data_pipeline.storage import is_url
+
+    return source != "python-library" and not is_url(source)
 
 
 def finished_summary(config: Config) -> dict[str, Any] | None:
@@ -99,7 +109,8 @@ def changed_keys(config: Config) -> list[str]:
     path = Path(config.run.dir) / CONFIG_FILE
     if not path.exists():
         return []
-    old = dict(_leaves(read_tree(path)))
+    # A run of an earlier version lacks the keys that came after it: what they now default to is what it did.
+    old = {**dict(_leaves(resolved(Config()))), **dict(_leaves(read_tree(path)))}
     new = dict(_leaves(resolved(config)))
     names = [name for name in new if not _may_change(name) and old.get(name) != new[name]]
     names += [name for name in old if name not in new and not _may_change(name)]
@@ -113,7 +124,8 @@ def _may_change(name: str) -> bool:
 def _same_input(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """The same text may be named by a relative and by an absolute path."""
     values = old.get(name), new.get(name)
-    if name not in ("data.input", "data.tokenizer.path") or not all(isinstance(value, str) for value in values):
+    named = name in ("data.input", "data.tokenizer.path") or re.fullmatch(r"data\.sources\..+\.input", name)
+    if not named or not all(isinstance(value, str) for value in values):
         return False
     return len({os.path.abspath(str(value)) for value in values}) == 1
 

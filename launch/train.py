@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from data_pipeline.build import open_tokenizer
-from data_pipeline.loader import BatchLoader, heldout_rows
+from data_pipeline.loader import BatchLoader, heldout_rows, open_training
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.packing import open_rows, separating_token
+from data_pipeline.prefetch import Prefetch
 from launch.interrupt import STOP_FILE
 from launch.outcome import write_summary
 from moe_dist.config import Config
@@ -100,26 +101,22 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device, end_of_text:
 
 
 class RankBatches:
-    """The loader's rows as tensors, with the loader's cursor; ranks of a tensor group read the same rows."""
+    """The loader's rows as tensors, made ahead, with its cursor; ranks of a tensor group read the same rows."""
 
     def __init__(self, config: Config, build_dir: Path, mesh: Mesh) -> None:
-        self.loader = BatchLoader(
-            open_rows(config, build_dir, "train"),
-            config.data.sequence_length_tokens,
-            config.train.global_batch_sequences,
-            config.seed,
-            mesh.data_place,
-            mesh.layout.data,
-        )
+        training = open_training(config, build_dir, config.train.steps)
+        batch = config.train.global_batch_sequences
+        loader = BatchLoader(training, batch, mesh.data_place, mesh.layout.data)
+        self.batches = Prefetch(loader, config.data.prefetch_batches)
 
     def __next__(self) -> torch.Tensor:
-        return torch.from_numpy(next(self.loader).rows)
+        return torch.from_numpy(next(self.batches).rows)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.loader.state_dict()
+        return self.batches.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loader.load_state_dict(state)
+        self.batches.load_state_dict(state)
 
 
 def load_held_out(config: Config, build_dir: Path, device: torch.device, mesh: Mesh) -> HeldOut:

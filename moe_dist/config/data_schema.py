@@ -50,6 +50,24 @@ class DedupConfig(Section):
     exact: bool = key(False, "Of documents with the same text (after `data.clean`), only the first of the input stays.")
 
 
+class SourceConfig(Section):
+    input: str = key(..., "Where its text is: anything that `data.input` takes.", "path")
+    text_field: str | None = key(
+        None, "Field of its .jsonl or .parquet records that holds their text; null takes data.text_field."
+    )
+    license: str | None = key(None, "Licence of its text, which the manifest of the build keeps with it.")
+
+
+class MixtureStage(Section):
+    tokens: int | None = key(
+        None, "Length of a stage by weights, in tokens of the run; null goes on to the end.", "tokens", ge=1
+    )
+    weights: dict[str, float] = key({}, "Share of each source in the rows, as numbers in any proportion.")
+    epochs: dict[str, float] = key(
+        {}, "How often each source is read in the stage, such as 1 or 2.5; the stage is as long as that takes."
+    )
+
+
 class DataConfig(Section):
     input: str = key(
         "python-library",
@@ -57,6 +75,13 @@ class DataConfig(Section):
         "datasets wrote, a pattern of files (texts/**/*.md), any of them on an object store (s3://bucket/texts), or "
         "`python-library`: the sources of the interpreter's own library.",
         "path",
+    )
+    sources: dict[str, SourceConfig] = key({}, "Several inputs with names, in place of `data.input`.")
+    mixture: tuple[MixtureStage, ...] = key(
+        (),
+        "Stages of the run, one after the other, each with a mixture of sources; empty reads every source once in an "
+        "epoch, as often as the run lasts.",
+        strict=False,
     )
     dir: str = key("runs/data", "Where built shards go, each build in a folder named by its fingerprint.", "path")
     suffixes: tuple[str, ...] = key(
@@ -76,6 +101,16 @@ class DataConfig(Section):
     dedup: DedupConfig = section(DedupConfig, "Which copies of the same text are left out.")
     shard_bytes: int = key(2_000_000, "Text that goes into one shard.", "bytes", ge=10_000)
     sequence_length_tokens: int = key(256, "Length of a training row.", "tokens", ge=2)
+    shuffle_window_tokens: int = key(
+        8_388_608,
+        "Tokens of a source that are shuffled together. The order of blocks of text is random over the whole source; "
+        "decoded, a window lies in memory.",
+        "tokens",
+        ge=1,
+    )
+    prefetch_batches: int = key(
+        2, "Batches of a rank that are made ahead of the one it trains on; 0 makes none.", "batches", ge=0
+    )
     documents: Literal["joined", "separate"] = key(
         "joined",
         "Documents in one row: joined, a token sees all before it in its row; or separate, it sees its own document "

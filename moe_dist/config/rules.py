@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from moe_dist.config.data_schema import QUALITY_RULES
 from moe_dist.config.schema import Config, MoEConfig
+from moe_dist.config.source_rules import source_rules
 from moe_dist.errors import ConfigError
 
 
@@ -24,6 +25,7 @@ def check_rules(config: Config) -> None:
 def broken_rules(config: Config) -> Iterator[ConfigError]:
     """Yields every broken rule, in the order of the tree."""
     yield from _data_rules(config)
+    yield from source_rules(config.data)
     yield from _model_rules(config)
     yield from _moe_rules(config)
     yield from _expert_rules(config)
