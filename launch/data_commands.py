@@ -1,4 +1,4 @@
-"""`moe-dist data inspect`, `verify` and `export`: what a build holds, whether it is whole, and other formats of it.
+"""`moe-dist data inspect`, `report`, `verify` and `export`: what a build holds, whether it is whole, other formats.
 
 With `--json` the last line of standard output is one JSON object, and everything else goes to standard error.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from launch.plain_text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +43,25 @@ def inspect(
     from rich.console import Console
 
     _print_build(found, Console())
+
+
+def report(
+    folder: Folder,
+    out: Annotated[str, typer.Option(metavar="FILE", help="The page; only an earlier report is replaced.")] = (
+        "report.html"
+    ),
+    samples: Annotated[int, typer.Option(min=0, help="Documents of each split whose beginning is shown.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Write what a build holds, and what was left out and why, with examples, as one web page that needs no network.
+
+    Example: moe-dist data report runs/data/0123456789abcdef0123 --out report.html
+    """
+    from data_pipeline.inspection import describe_build
+    from launch.build_page import write_page
+
+    size = write_page(describe_build(Path(folder), samples), Path(out))
+    typer.echo(json.dumps({"report": out, "bytes": size}) if as_json else f"{out}: {size:,} bytes")
 
 
 def verify(folder: Folder, as_json: AsJson = False) -> None:
@@ -99,16 +120,16 @@ def _print_build(found: Mapping[str, Any], console: Console) -> None:
 
     console.print(_split_table(found["splits"]))
     for name, value in _facts(found):
-        console.print(Text.assemble((f"{name:<16}", "bold"), _printable(value)), soft_wrap=True)
+        console.print(Text.assemble((f"{name:<16}", "bold"), printable(value)), soft_wrap=True)
     for row in found["skipped"][:_SKIPPED_SHOWN]:
-        console.print(Text(_printable(f"  {row['where']}: {row['reason']}")), soft_wrap=True)
+        console.print(Text(printable(f"  {row['where']}: {row['reason']}")), soft_wrap=True)
     if len(found["skipped"]) > _SKIPPED_SHOWN:
         console.print(f"  and {len(found['skipped']) - _SKIPPED_SHOWN} more, which --json lists")
     if found["cleaning"] is not None:
         print_cleaning(found["cleaning"], console)
     for sample in found["samples"]:
         title = f"{sample['split']}, from token {sample['position']:,}"
-        console.print(Panel(Text(_printable(sample["text"])), title=title, title_align="left"))
+        console.print(Panel(Text(printable(sample["text"])), title=title, title_align="left"))
 
 
 def _split_table(splits: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -138,8 +159,3 @@ def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts.append(("empty documents", f"{found['empty_documents']:,}"))
     facts.append(("skipped", f"{len(found['skipped']):,} files and records that could not be read"))
     return facts
-
-
-def _printable(text: str) -> str:
-    """The text without what would steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
