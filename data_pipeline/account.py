@@ -17,6 +17,7 @@ from data_pipeline.examples import Pair, leak_examples, pair_examples
 from data_pipeline.survey import Survey
 from data_pipeline.tally import OTHER_SOURCES
 
+_MOST_FILES = 1_000  # of evaluation text, whose hits are counted apart
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -49,6 +50,7 @@ class _Evaluation(_Part):
     documents: Count
     too_short: Count
     runs: Count
+    found_in: dict[str, Count] = {}
 
 
 class _Account(_Part):
@@ -80,7 +82,8 @@ def account_of(
         tree["near_duplicates"] = pair_examples(pairs, notes)
     if decontaminator is not None:
         tree["decontaminated"] = leak_examples(found.leaks)
-        tree["evaluation"] = decontaminator.figures
+        found_in = dict(sorted(found.leaked_by.items(), key=lambda row: (-row[1], row[0]))[:_MOST_FILES])
+        tree["evaluation"] = {**decontaminator.figures, "found_in": found_in}
     return tree
 
 

@@ -1,8 +1,8 @@
 """A few examples of what cleaning left out, for a person to judge: bounded in number and in size.
 
 Which near-duplicates are shown is decided once all are known, and their text is taken down when the second pass comes
-by. They are taken at even distances from the least to the most similar, and of each pair the text around the first
-difference is shown. Everything is a function of the input alone.
+by. They are taken at even distances from the least to the most similar, and of each pair the beginnings are shown, and
+the text around the first difference where that is further on. Everything is a function of the input alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from data_pipeline.near import NearDuplicates
 
 MOST_EXAMPLES = 20
 NOTED_CHARACTERS = 4_000  # of the beginning of a document that may be shown
-_SHOWN_CHARACTERS, _SHOWN_BEFORE = 240, 60
+_SHOWN_CHARACTERS, _BEGINNING_CHARACTERS, _SHOWN_BEFORE = 320, 120, 60
 
 Pair = tuple[int, int, float]
 Note = tuple[int, str, str]  # number of a document in the whole input, its id, and the beginning of its text
@@ -41,11 +41,17 @@ def pair_examples(pairs: Sequence[Pair], notes: Mapping[int, tuple[str, str]]) -
         (gone_id, gone_text), (kept_id, kept_text) = notes[gone], notes[kept]
         places = range(min(len(gone_text), len(kept_text)))
         different = next((i for i in places if gone_text[i] != kept_text[i]), 0)  # further on: the beginning
-        start = max(0, different - _SHOWN_BEFORE)
-        shown = slice(start, start + _SHOWN_CHARACTERS)
         row = {"gone": gone_id, "kept": kept_id, "similarity": round(similarity, 3)}
-        rows.append({**row, "gone_text": gone_text[shown], "kept_text": kept_text[shown]})
+        rows.append({**row, "gone_text": _shown(gone_text, different), "kept_text": _shown(kept_text, different)})
     return rows
+
+
+def _shown(text: str, place: int) -> str:
+    """The beginning of a text, and what surrounds a place where that is further on."""
+    start = place - _SHOWN_BEFORE
+    if start <= _BEGINNING_CHARACTERS:
+        return text[:_SHOWN_CHARACTERS]
+    return f"{text[:_BEGINNING_CHARACTERS]} ... {text[start : start + _SHOWN_CHARACTERS - _BEGINNING_CHARACTERS]}"
 
 
 def leak_examples(leaks: Sequence[tuple[int, str, str, str]]) -> list[dict[str, str]]:

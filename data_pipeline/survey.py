@@ -6,6 +6,7 @@ and in the second pass documents are cleaned alike, and what cleaning removes co
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -73,6 +74,7 @@ class Survey:
         prints: A `document_print` of each document that cleaning leaves, where duplicates are looked for.
         signatures: The MinHash signature of each of them, where near-duplicates are looked for.
         leaked: For each of them 1 where it shares a run with evaluation text, else 0, where such are looked for.
+        leaked_by: How many share one with which file of evaluation text.
         leaks: (hash for order, id, file of evaluation text, shared run) of some that do, the lowest hashes first.
         sources: (source, number of prints from it), in the order of the prints.
     """
@@ -87,6 +89,7 @@ class Survey:
     prints: bytearray = field(default_factory=bytearray)
     signatures: bytearray = field(default_factory=bytearray)
     leaked: bytearray = field(default_factory=bytearray)
+    leaked_by: Counter[str] = field(default_factory=Counter)
     leaks: list[tuple[int, str, str, str]] = field(default_factory=list)
     sources: list[tuple[str, int]] = field(default_factory=list)
 
@@ -215,6 +218,7 @@ def merge(surveys: Iterable[Survey]) -> Survey:
         total.prints += part.prints
         total.signatures += part.signatures
         total.leaked += part.leaked
+        total.leaked_by.update(part.leaked_by)
         total.leaks += part.leaks
         total.sources += part.sources
     total.sample.sort(key=lambda s: s.order)
@@ -253,5 +257,6 @@ def _reason(error: DataError) -> str:
 
 def _add_leak(found: Survey, document: Document, leak: Leak, source: str) -> None:
     found.tally.removed["decontaminated", source] += 1
+    found.leaked_by[leak.against] += 1
     row = (sample_hash(document.id), document.id, leak.against, cut_short(leak.text))
     found.leaks = sorted([*found.leaks, row])[:MOST_EXAMPLES]

@@ -79,6 +79,7 @@ _FORMS: dict[str, tuple[_AsIs, _AsIs]] = {
     "prints": (_bytes_to_json, _bytes_from_json),
     "signatures": (_bytes_to_json, _bytes_from_json),
     "leaked": (_bytes_to_json, _bytes_from_json),
+    "leaked_by": (dict, Counter),
     "leaks": (list, _pairs),
     "sources": (list, _pairs),
 }

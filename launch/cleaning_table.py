@@ -45,7 +45,7 @@ def _print_sources(cleaning: Mapping[str, Any], console: Console) -> None:
         return
     table = Table()
     for name in ("source", "documents", "kept", "removed most by"):
-        table.add_column(name, justify="right" if name in ("documents", "kept") else "left")
+        table.add_column(name, justify="right" if name in ("documents", "kept") else "left", overflow="fold")
     for source in ranked[:_MOST_SOURCES]:
         rules = sorted(removed, key=lambda rule: (-removed[rule].get(source, 0), rule))
         most = ", ".join(f"{rule} {removed[rule][source]:,}" for rule in rules[:2] if removed[rule].get(source))
@@ -61,7 +61,7 @@ def _print_content(content: Mapping[str, Mapping[str, Mapping[str, int]]], conso
         return
     table = Table()
     for name in ("source", "language", "documents", "bytes of text", "tokens", "of all"):
-        table.add_column(name, justify="left" if name in ("source", "language") else "right")
+        table.add_column(name, justify="left" if name in ("source", "language") else "right", overflow="fold")
     total = max(1, sum(figures["tokens"] for _, _, figures in rows))
     rows.sort(key=lambda row: (-row[2]["tokens"], row[0], row[1]))
     for source, language, figures in rows[:_MOST_SOURCES]:

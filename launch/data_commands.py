@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from launch.plain_text import printable
+from moe_dist.config import load_config
+from moe_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,22 +48,57 @@ def inspect(
 
 
 def report(
-    folder: Folder,
-    out: Annotated[str, typer.Option(metavar="FILE", help="The page; only an earlier report is replaced.")] = (
-        "report.html"
-    ),
-    samples: Annotated[int, typer.Option(min=0, help="Documents of each split whose beginning is shown.")] = 4,
+    target: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG|FOLDER", help="The YAML file of a build, or its folder.", show_default=False),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.", show_default=False),
+    ] = None,
+    page: Annotated[
+        str | None,
+        typer.Option(
+            "--html", metavar="FILE", help="Write it as one web page too; only an earlier report is replaced."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Documents of each split whose beginning is shown.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Write what a build holds, and what was left out and why, with examples, as one web page that needs no network.
+    """Show what a build holds by source and language, what each step left out, and examples of what went and why.
 
-    Example: moe-dist data report runs/data/0123456789abcdef0123 --out report.html
+    The page stands alone: it runs nothing and needs no network. Text in it is escaped, whoever wrote it.
+
+    Example: moe-dist data report configs/demo.yaml --html report.html
     """
+    from rich.console import Console
+
     from data_pipeline.inspection import describe_build
     from launch.build_page import write_page
+    from launch.build_parts import parts_of
+    from launch.build_tables import print_parts
 
-    size = write_page(describe_build(Path(folder), samples), Path(out))
-    typer.echo(json.dumps({"report": out, "bytes": size}) if as_json else f"{out}: {size:,} bytes")
+    found = describe_build(_build_of(target, overrides or []), samples)
+    size = write_page(found, Path(page)) if page is not None else 0
+    if as_json:
+        typer.echo(json.dumps({**found, "page": page}))
+        return
+    print_parts(parts_of(found), Console())
+    typer.echo(
+        f"{page}: {size:,} bytes" if page is not None else "--html FILE writes this as a web page, with more rows"
+    )
+
+
+def _build_of(target: str, overrides: list[str]) -> Path:
+    """The build that a folder or a config names."""
+    if not Path(target).is_dir():
+        from data_pipeline.build import find_build
+
+        return find_build(load_config(target, overrides))
+    if overrides:
+        rule = "values replace those of a config; a build's folder has none"
+        raise ConfigError(overrides[0].partition("=")[0], overrides[0], rule, "name the config, or leave the value out")
+    return Path(target)
 
 
 def verify(folder: Folder, as_json: AsJson = False) -> None:

@@ -67,7 +67,13 @@ def test_build_leaves_out_each_kind_and_gives_an_account(copied: Path, tmp_path:
     assert len(texts) == 30 + 2 + 6
     assert not any(QUESTION.lower() in text.lower() for text in texts)
     assert CHINESE in texts
-    assert account["evaluation"] == {"files": 1, "documents": 2, "too_short": 1, "runs": 19 - 13 + 1}
+    assert account["evaluation"] == {
+        "files": 1,
+        "documents": 2,
+        "too_short": 1,
+        "runs": 19 - 13 + 1,
+        "found_in": {"q.jsonl": 5},
+    }
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 

@@ -19,6 +19,7 @@ FULL = Survey(
     prints=bytearray(range(256)),
     signatures=bytearray(range(0, 256, 3)),
     leaked=bytearray(b"\x00\x01\x01"),
+    leaked_by=Counter({"größe.jsonl": 2, "a\udcff.txt": 1}),
     leaks=[(2**64 - 3, "a\udcff.txt", "größe.jsonl", "a run\n of words"), (1, "b", "c", "")],
     sources=[("web", 5), ("books", 1)],
 )

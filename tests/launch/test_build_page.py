@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from html.parser import HTMLParser
@@ -16,6 +17,8 @@ from data_pipeline.build import build
 from data_pipeline.inspection import describe_build
 from data_pipeline.manifest import read_manifest, write_manifest
 from launch.build_page import page, write_page
+from launch.build_parts import parts_of
+from launch.build_tables import print_parts
 from launch.cleaning_table import print_cleaning
 from moe_dist.config import parse_config
 from moe_dist.errors import DataError
@@ -74,26 +77,52 @@ def _changed(built: Path, folder: Path, **cleaning: Any) -> Path:
     return copy
 
 
-def test_report_shows_figures_examples_and_reasons(built: Path, tmp_path: Path) -> None:
-    done = moe_dist("data", "report", str(built), "--out", "page.html", "--json", cwd=tmp_path)
+def test_report_shows_figures_examples_and_reasons_on_the_page_and_in_the_terminal(built: Path, tmp_path: Path) -> None:
+    done = moe_dist("data", "report", str(built), "--html", "page.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"report": "page.html", "bytes": (tmp_path / "page.html").stat().st_size}
     outline = Outline((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert outline.open == []
-    shown = "".join(outline.shown)
-    for words in (
-        built.name,
-        "near_duplicate",
-        "decontaminated",
-        "<img src=x>",
-        "a&b.jsonl:1",
-        "nobody ever put to <b",
-    ):
-        assert words in shown
-    assert "Expecting property name" in shown
     figures = describe_build(built, 0)
-    assert f"{figures['splits']['train']['tokens']:,}" in outline.shown
-    assert f"{figures['cleaning']['content']['<img src=x>']['other']['tokens']:,}" in outline.shown
+    account = figures["cleaning"]
+    first = account["near_duplicates"][0]
+    expected = {built.name, "near_duplicate", "decontaminated", "<img src=x>", "a&b.jsonl:1", "test.txt"}
+    expected |= {"nobody ever put to <b", "Expecting property name", first["gone"], first["kept"]}
+    expected |= {first["gone_text"][:20], first["kept_text"][:20]}
+    expected.add(f"{sum(account['kept'].values())} of {sum(account['documents'].values())} documents")
+    expected.add(f"{account['content']['<img src=x>']['other']['tokens']:,}")
+    for shown in (" ".join("".join(outline.shown).split()), " ".join(done.stdout.replace("│", " ").split())):
+        assert {words for words in expected if words not in shown} == set()
+        assert f"{figures['splits']['train']['tokens']:,}" in shown
+    table = [line for line in done.stdout.splitlines() if line.startswith("┃") or line.startswith("│")]
+    assert max(map(len, table)) <= 100
+
+
+def test_report_of_a_config_is_that_of_its_build_and_says_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(30):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"text {i} " * 40)
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {input: in, dir: out, sequence_length_tokens: 32}\nmodel: {vocab_size: 300}\n")
+    missing = moe_dist("data", "report", str(path), "data.count_languages=true", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "no such build" in missing.stderr
+    assert "moe-dist data build" in missing.stderr
+    for overrides in ((), ("data.count_languages=true",)):
+        made = moe_dist("data", "build", str(path), *overrides, "--no-ray", "--json", cwd=tmp_path)
+        done = moe_dist("data", "report", str(path), *overrides, "--json", cwd=tmp_path)
+        found = json.loads(done.stdout)
+        assert found["build_dir"] == json.loads(made.stdout)["build_dir"]
+        assert found["page"] is None
+        assert bool(found["cleaning"]) == bool(overrides)
+    plain = moe_dist("data", "report", str(path), cwd=tmp_path)
+    assert "data.count_languages=true" in plain.stdout
+    folder = json.loads(made.stdout)["build_dir"]
+    refused = moe_dist("data", "report", folder, "data.input=x", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "a build's folder has none" in refused.stderr
+    parent = moe_dist("data", "report", "out", cwd=tmp_path)
+    assert parent.returncode == 2
+    assert folder in parent.stderr
 
 
 def test_page_needs_no_network_and_runs_nothing(built: Path) -> None:
@@ -123,11 +152,12 @@ def test_page_and_table_escape_whatever_a_manifest_holds(built: Path, tmp_path: 
     outline = Outline(text)
     assert {tag for tag, _ in outline.tags} & {"script", "b", "img"} == set()
     assert "<script>alert(1)</script>\" onload='x' & [bold red]]]>" in "".join(outline.shown)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_cleaning(found["cleaning"], console)
-    printed = console.export_text()
-    assert "[bold red]" in printed
-    assert "\x1b" not in printed
+    for show in (lambda to: print_cleaning(found["cleaning"], to), lambda to: print_parts(parts_of(found), to)):
+        console = Console(width=200, record=True, file=io.StringIO())
+        show(console)
+        printed = console.export_text()
+        assert "[bold red]" in printed
+        assert not {"\x1b", "\u202e", "\udcff"} & set(printed)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +172,10 @@ def test_page_and_table_escape_whatever_a_manifest_holds(built: Path, tmp_path: 
         ({"near_duplicates": {}}, "cleaning.near_duplicates"),
         ({"decontaminated": ["x"]}, "cleaning.decontaminated.0"),
         ({"evaluation": {"files": True}}, "cleaning.evaluation.files"),
+        (
+            {"evaluation": {"files": 1, "documents": 1, "too_short": 0, "runs": 1, "found_in": {"a": "1"}}},
+            "cleaning.evaluation.found_in.a",
+        ),
     ],
 )
 def test_account_of_other_types_is_refused(built: Path, tmp_path: Path, cleaning: dict[str, Any], problem: str) -> None:
