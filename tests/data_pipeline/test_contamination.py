@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from data_pipeline.contamination import Decontaminator, list_evaluation, open_decontaminator
 from data_pipeline.work import work_folder
 from moe_dist.config import parse_config
+from moe_dist.config.data_schema import DataConfig
+from moe_dist.errors import DataError
 
 TEXT = "one two three four five six seven"
 
@@ -84,3 +87,55 @@ def test_run_is_shown_as_written_also_where_lower_case_is_longer(tmp_path: Path)
     leak = find(["İİİ One two Three four five"])[0]
     assert leak is not None
     assert leak.text == "one two three four five"
+
+
+def _against(*paths: Path | str) -> DataConfig:
+    return parse_config({"data": {"decontaminate": {"against": list(map(str, paths)), "ngram_words": 5}}}).data
+
+
+def _broken(folder: Path, kind: str) -> Path:
+    path = folder / {"cut": "q.jsonl.gz", "dangling": "q.txt", "record": "q.jsonl", "missing": "q.txt"}[kind]
+    if kind == "cut":
+        path.write_bytes(gzip.compress(b'{"text": "one two three four five six"}\n' * 100)[:-20])
+    elif kind == "dangling":
+        path.symlink_to(folder / "nowhere.txt")
+    elif kind == "record":
+        path.write_text('{"text": "one two three four five six"}\n{"question": "of another field"}\n')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "problem"),
+    [
+        ("cut", ": q.jsonl.gz", "inside"),
+        ("dangling", ": q.txt", "No such file"),
+        ("record", ": q.jsonl:2", "question"),
+        ("missing", "", "the input exists"),
+    ],
+)
+def test_evaluation_text_that_cannot_be_read_is_named_as_such(
+    tmp_path: Path, kind: str, where: str, problem: str
+) -> None:
+    path, work = _broken(tmp_path, kind), work_folder(tmp_path / ".out")
+    work.open()
+    with pytest.raises(DataError, match=problem) as caught:
+        evaluation = list_evaluation(_against(path.parent if kind == "dangling" else path))
+        assert evaluation is not None
+        open_decontaminator(evaluation, work)
+    assert caught.value.where == f"data.decontaminate.against{where}"
+    assert "data.input" not in str(caught.value)
+
+
+def test_evaluation_text_that_changes_after_it_was_hashed_stops_the_build(tmp_path: Path) -> None:
+    path, work = tmp_path / "q.txt", work_folder(tmp_path / ".out")
+    path.write_text(TEXT)
+    evaluation = list_evaluation(_against(path))
+    assert evaluation is not None
+    path.write_text(f"{TEXT} eight")
+    work.open()
+    with pytest.raises(DataError, match="does not change"):
+        open_decontaminator(evaluation, work)
+
+
+def test_no_evaluation_text_is_listed_where_none_is_named() -> None:
+    assert list_evaluation(parse_config({}).data) is None
