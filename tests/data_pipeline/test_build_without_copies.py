@@ -138,12 +138,16 @@ def test_name_of_a_build_follows_names_and_contents_of_the_evaluation_text_and_n
     moved.write_bytes((copied / "evaluation" / "q.jsonl").read_bytes())
     against = {"against": [str(moved)], "text_field": "question"}
     assert name(decontaminate=against) == name()
-    names = {name(), name(decontaminate={**against, "ngram_words": 12}), name(dedup={"near": {"similarity": 0.85}})}
+    names = {name(), name(decontaminate={**against, "ngram_words": 12})}
+    names |= {
+        name(dedup={"exact": True, "near": near}) for near in ({"similarity": 0.85}, {"similarity": 0.8, "rows": 7})
+    }
+    names.add(name(dedup={"exact": True}))
     moved.write_bytes(moved.read_bytes() + b'\n{"question": "another"}')
     names.add(name(decontaminate=against))
     named = moved.rename(moved.with_name("p.jsonl"))
     names.add(name(decontaminate={**against, "against": [str(named)]}))
-    assert len(names) == 5
+    assert len(names) == 7
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_evaluation_text_on_a_store_keeps_out_what_the_local_copy_does(store: St
 
 
 def test_evaluation_text_that_a_store_does_not_have_is_named_as_such(store: Store, tmp_path: Path) -> None:
-    against = {"against": [f"s3://{BUCKET}/nothing-here.jsonl"]}
+    against = {"against": [f"s3://{BUCKET}/no/such/folder.jsonl"]}
     with pytest.raises(StorageError, match=r"data\.decontaminate\.against(.|\n)*the input exists") as caught:
         build(configure("python-library", tmp_path / "out", decontaminate=against), use_ray=False)
     assert "data.input" not in caught.value.where + caught.value.fix

@@ -125,6 +125,43 @@ def test_report_of_a_config_is_that_of_its_build_and_says_where_there_is_none(tm
     assert folder in parent.stderr
 
 
+def test_parts_add_up_over_sources_and_languages_and_put_the_most_first(built: Path) -> None:
+    def figures(number: int) -> dict[str, int]:
+        return {"documents": number, "text_bytes": 10 * number, "tokens": 3 * number}
+
+    found = describe_build(built, 0)
+    found["cleaning"] = {
+        "documents": {"web": 10, "books": 60, "none": 1},
+        "kept": {"web": 10, "books": 30, "none": 0},
+        "changed": {"NFC": {"web": 2, "books": 3}},
+        "removed": {"near_duplicate": {"books": 10}, "exact_duplicate": {"books": 20}, "language": {"none": 1}},
+        "content": {"web": {"en": figures(4), "zh": figures(6)}, "books": {"en": figures(30)}},
+    }
+    parts = {part.title: part for part in parts_of(found)}
+    assert parts["Sources"].note.startswith("40 of 71 documents")
+    assert parts["Sources"].rows == [
+        ("books", 60, 30, "50.0%", 90, "75.0%"),
+        ("web", 10, 10, "100.0%", 30, "25.0%"),
+        ("none", 1, 0, "0.0%", 0, "0.0%"),
+    ]
+    assert parts["Languages"].rows == [("en", 34, 340, 102, "85.0%"), ("zh", 6, 60, 18, "15.0%")]
+    assert [row[:3] for row in parts["Sources and languages"].rows] == [
+        ("books", "en", 30),
+        ("web", "zh", 6),
+        ("web", "en", 4),
+    ]
+    assert parts["What each step changed and left out"].rows == [
+        ("NFC", 5, 0, "0.0%"),
+        ("language", 0, 1, "1.4%"),
+        ("exact_duplicate", 0, 20, "28.2%"),
+        ("near_duplicate", 0, 10, "14.1%"),
+    ]
+    assert parts["What each step left out of each source"].rows[1] == ("exact_duplicate", "books", 20, "33.3%")
+    assert not {"Near-duplicates, the least similar first", "Evaluation text"} & parts.keys()
+    for part in parts.values():
+        assert {len(row) for row in part.rows} <= {len(part.names)}
+
+
 def test_page_needs_no_network_and_runs_nothing(built: Path) -> None:
     outline = Outline(page(describe_build(built, 2)))
     tags = {tag for tag, _ in outline.tags}
