@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> Manifest:
         stored = tree.pop("manifest_sha256")
         version = tree["version"]
     except FileNotFoundError:
-        raise DataError(str(folder), "no manifest.json", "a build has a manifest", "build the data again") from None
+        raise DataError(str(folder), "no manifest.json", "a build has a manifest", _nearest_build(folder)) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(str(path), error, "the manifest is whole", fix) from None
     if version not in range(FORMAT_VERSION, SOURCES_VERSION + 1):
@@ -130,6 +130,12 @@ def read_manifest(folder: Path) -> Manifest:
     tree["splits"] = {name: tuple(Shard(**row) for row in rows) for name, rows in tree["splits"].items()}
     tree["skipped"] = tuple((id_, reason) for id_, reason in tree["skipped"])
     return Manifest(**tree)
+
+
+def _nearest_build(folder: Path) -> str:
+    """What to do where there is no build: `data.dir` may have been named in place of what is in it."""
+    inside = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST_NAME}"))
+    return f"name a build: {', '.join(map(str, inside[:8]))}" if inside else "build the data again"
 
 
 def fsync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.account import problem_of_account
 from data_pipeline.build import open_tokenizer
 from data_pipeline.lengths import LengthFile, find_lengths
 from data_pipeline.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest, Shard, read_manifest
@@ -118,6 +119,10 @@ def _problem_of(manifest: Manifest) -> str:
         return "lengths is no table"
     if not _are_tables(manifest.created_from, manifest.ignored_endings):
         return "created_from or ignored_endings is no table"
+    if not all(isinstance(text, str) for row in manifest.skipped for text in row):
+        return "skipped has something else than text"
+    if problem := problem_of_account(manifest.cleaning):
+        return problem
     shards = [shard for split in SPLITS for shard in manifest.splits[split]]
     for shard in shards:
         if not isinstance(shard.file, str) or not _SHARD_NAME.fullmatch(shard.file):

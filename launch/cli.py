@@ -187,6 +187,7 @@ def data_build(
 
 
 data_app.command("inspect")(data_commands.inspect)
+data_app.command("report")(data_commands.report)
 data_app.command("verify")(data_commands.verify)
 data_app.command("export")(data_commands.export)
 

@@ -46,8 +46,48 @@ class CleanConfig(Section):
     )
 
 
+class NearDuplicateConfig(Section):
+    similarity: float | None = key(
+        None,
+        "A document goes where an earlier one that stays shares at least this part of both their shingles (Jaccard "
+        "similarity, estimated by MinHash); null looks for no near-duplicates.",
+        "fraction",
+        gt=0,
+        le=1,
+    )
+    shingle_words: int = key(
+        5, "Words of a shingle; in scripts written without spaces, such as Chinese, characters.", "words", ge=1, le=64
+    )
+    bands: int = key(
+        14,
+        "Bands of a signature. Documents of similarity s share one, and are compared, with probability "
+        "1 - (1 - s^rows)^bands; docs/data.md has a table.",
+        "bands",
+        ge=1,
+        le=256,
+    )
+    rows: int = key(8, "Hash functions of a band, of one byte each for every document.", "rows", ge=2, le=64)
+
+
 class DedupConfig(Section):
     exact: bool = key(False, "Of documents with the same text (after `data.clean`), only the first of the input stays.")
+    near: NearDuplicateConfig = section(NearDuplicateConfig, "Which documents are too similar to an earlier one.")
+
+
+class DecontaminateConfig(Section):
+    against: tuple[str, ...] = key(
+        (),
+        "Files or folders of evaluation text, in any format that data.input takes; documents that share a run of words "
+        "with it are left out. Empty leaves out none.",
+        "paths",
+        strict=False,
+    )
+    ngram_words: int = key(
+        13, "Words of such a run; in scripts written without spaces, such as Chinese, characters.", "words", ge=4, le=64
+    )
+    text_field: str | None = key(
+        None, "Field or column of a record of evaluation text that holds its text; null is data.text_field."
+    )
 
 
 class SourceConfig(Section):
@@ -99,6 +139,12 @@ class DataConfig(Section):
     )
     clean: CleanConfig = section(CleanConfig, "What is changed in documents, and which are left out.")
     dedup: DedupConfig = section(DedupConfig, "Which copies of the same text are left out.")
+    decontaminate: DecontaminateConfig = section(DecontaminateConfig, "Which documents would leak evaluation text.")
+    count_languages: bool = key(
+        False,
+        "The manifest counts documents, bytes and tokens by source and language; with clean, dedup or decontaminate it "
+        "always does.",
+    )
     shard_bytes: int = key(2_000_000, "Text that goes into one shard.", "bytes", ge=10_000)
     sequence_length_tokens: int = key(256, "Length of a training row.", "tokens", ge=2)
     shuffle_window_tokens: int = key(

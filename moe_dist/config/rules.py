@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator
 
+from moe_dist.config.cleaning_rules import decontaminate_rules, near_duplicate_rules
 from moe_dist.config.data_schema import QUALITY_RULES
 from moe_dist.config.schema import Config, MoEConfig
 from moe_dist.config.source_rules import source_rules
@@ -48,6 +49,8 @@ def _data_rules(config: Config) -> Iterator[ConfigError]:
                 f"a quality rule is one of {', '.join(QUALITY_RULES)}",
                 f"data.clean.rules=[{nearest}]",
             )
+    yield from near_duplicate_rules(config.data.dedup.near)
+    yield from decontaminate_rules(config.data.decontaminate)
 
 
 def _model_rules(config: Config) -> Iterator[ConfigError]:
