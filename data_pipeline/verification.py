@@ -130,7 +130,17 @@ def _problem_of(manifest: Manifest) -> str:
         if not _are_counts(shard.tokens, shard.documents, shard.text_bytes, shard.file_bytes):
             return f"a count of {shard.file} is no whole number"
     repeated = [name for name, count in Counter(shard.file for shard in shards).items() if count > 1]
-    return f"{repeated[0]} is listed twice" if repeated else ""
+    return f"{repeated[0]} is listed twice" if repeated else _problem_of_sources(manifest, shards)
+
+
+def _problem_of_sources(manifest: Manifest, shards: list[Shard]) -> str:
+    sources = {"": {}} if manifest.sources is None else manifest.sources
+    if not isinstance(sources, dict) or not _are_tables(*sources.values()):
+        return "sources is no table of tables"
+    if not all(value is None or isinstance(value, str) for source in sources.values() for value in source.values()):
+        return "a source has something else than text"
+    strange = [shard.file for shard in shards if not isinstance(shard.source, str) or shard.source not in sources]
+    return f"{strange[0]} is of no source of the manifest" if strange else ""
 
 
 def _are_counts(*values: object) -> bool:

@@ -155,7 +155,9 @@ def _print_build(found: Mapping[str, Any], console: Console) -> None:
 
     from launch.cleaning_table import print_cleaning
 
-    console.print(_split_table(found["splits"]))
+    console.print(_split_table("split", found["splits"]))
+    if found["sources"]:
+        console.print(_split_table("train, by source", found["sources"]))
     for name, value in _facts(found):
         console.print(Text.assemble((f"{name:<16}", "bold"), printable(value)), soft_wrap=True)
     for row in found["skipped"][:_SKIPPED_SHOWN]:
@@ -169,16 +171,16 @@ def _print_build(found: Mapping[str, Any], console: Console) -> None:
         console.print(Panel(Text(printable(sample["text"])), title=title, title_align="left"))
 
 
-def _split_table(splits: Mapping[str, Mapping[str, Any]]) -> Any:
+def _split_table(kind: str, splits: Mapping[str, Mapping[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table()
-    for name in ("split", "shards", "documents", "tokens", "bytes of text", "bytes on disk", "bytes/token"):
-        table.add_column(name, justify="left" if name == "split" else "right")
+    for name in (kind, "shards", "documents", "tokens", "bytes of text", "bytes on disk", "bytes/token"):
+        table.add_column(name, justify="left" if name == kind else "right", overflow="fold")
     for name, row in splits.items():
         keys = ("shards", "documents", "tokens", "text_bytes", "file_bytes")
         ratio = row["bytes_per_token"]
-        table.add_row(name, *(f"{row[key]:,}" for key in keys), "" if ratio is None else f"{ratio:.2f}")
+        table.add_row(printable(name), *(f"{row[key]:,}" for key in keys), "" if ratio is None else f"{ratio:.2f}")
     return table
 
 
@@ -191,6 +193,9 @@ def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("", f"sha256 {tokenizer['sha256']}"),
     ]
     facts += [("made from" if not i else "", f"{k}={v}") for i, (k, v) in enumerate(found["created_from"].items())]
+    for i, (name, source) in enumerate(found["sources"].items()):
+        said = f"{name}: {source['input']}, licence {source['license'] or 'not named'}"
+        facts.append(("sources" if not i else "", said))
     others = ", ".join(f"{ending} ({count})" for ending, count in found["ignored_endings"].items())
     facts.append(("not read", others or "no file of another ending"))
     facts.append(("empty documents", f"{found['empty_documents']:,}"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.build import build, open_tokenizer
+from data_pipeline.inspection import describe_build
 from data_pipeline.listing import list_data
 from data_pipeline.loader import BatchLoader, TrainingRows, open_training
-from data_pipeline.manifest import SOURCES_VERSION, read_manifest
+from data_pipeline.manifest import SOURCES_VERSION, read_manifest, write_manifest
 from data_pipeline.mixture import stages_of
 from data_pipeline.prefetch import Prefetch
 from data_pipeline.run_order import RunOrder
@@ -92,6 +95,29 @@ def test_build_of_sources_keeps_each_in_shards_of_its_own(mixed: Path) -> None:
         assert sources_in(mixed, split.tokens(0, split.num_tokens)) == {name}
         assert {shard.source for shard in split.shards} == {name}
     assert sum(TokenSplit(mixed, "train", source=name).num_tokens for name in WORDS) == manifest.num_tokens("train")
+
+
+def test_inspection_of_a_build_of_sources_counts_each(mixed: Path) -> None:
+    found = describe_build(mixed, samples=0)
+    assert list(found["sources"]) == list(WORDS) and found["sources"]["latin"]["license"] == "CC0"
+    assert sum(row["tokens"] for row in found["sources"].values()) == found["splits"]["train"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sources": ["latin", "greek", "han"]},
+        {"sources": {"latin": "CC0"}},
+        {"sources": {name: {"license": 3} for name in WORDS}},
+        {"sources": {"latin": {}, "greek": {}}},
+        {"sources": None},
+    ],
+)
+def test_manifest_with_sources_that_make_no_sense_is_refused(mixed: Path, tmp_path: Path, change: dict) -> None:
+    shutil.copytree(mixed, tmp_path / "copy")
+    write_manifest(tmp_path / "copy", replace(read_manifest(mixed), **change))
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        verify_build(tmp_path / "copy")
 
 
 def test_build_of_sources_on_another_packing_has_the_same_shards(
