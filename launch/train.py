@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from data_pipeline.build import open_tokenizer
-from data_pipeline.loader import BatchLoader, heldout_rows
+from data_pipeline.loader import heldout_rows
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.packing import open_rows, separating_token
+from launch.batches import RankBatches
 from launch.interrupt import STOP_FILE
 from launch.outcome import write_summary
 from moe_dist.config import Config
@@ -74,6 +75,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     try:
         status = trainer.run(stop_asked=(Path(config.run.dir) / STOP_FILE).exists)
     finally:
+        trainer.close()
         recorder.close()
     if process.rank > 0:
         return {"status": status}
@@ -97,29 +99,6 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device, end_of_text:
     optimizer = share_out(build_adamw(model, config.optimizer), model, mesh, config.parallel)
     gradients = Gradients(model, mesh, config.parallel.overlap_gradients)
     return Trainee(config, mesh, model, gradients, optimizer, ledger, end_of_text)
-
-
-class RankBatches:
-    """The loader's rows as tensors, with the loader's cursor; ranks of a tensor group read the same rows."""
-
-    def __init__(self, config: Config, build_dir: Path, mesh: Mesh) -> None:
-        self.loader = BatchLoader(
-            open_rows(config, build_dir, "train"),
-            config.data.sequence_length_tokens,
-            config.train.global_batch_sequences,
-            config.seed,
-            mesh.data_place,
-            mesh.layout.data,
-        )
-
-    def __next__(self) -> torch.Tensor:
-        return torch.from_numpy(next(self.loader).rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loader.load_state_dict(state)
 
 
 def load_held_out(config: Config, build_dir: Path, device: torch.device, mesh: Mesh) -> HeldOut:
