@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.packing import separating_token
+from launch.batches import RankBatches
 from launch.interrupt import STOP_FILE
 from launch.train import build_trainee, list_workers, open_mesh
 from moe_dist.config import Config

@@ -11,7 +11,7 @@ from moe_dist.checkpoint import pieces, store
 from moe_dist.checkpoint.agree import Outcome, attempt, on_every_rank, on_first_rank
 from moe_dist.checkpoint.manifest import OLDER, Manifest, read_manifest
 from moe_dist.checkpoint.read import Reader, parameters_in
-from moe_dist.config import ModelConfig, parse_config
+from moe_dist.config import Config, ModelConfig, parse_config
 from moe_dist.errors import CheckpointError
 from moe_dist.model.flops import count_parameters
 from moe_dist.model.naming import global_tensors
@@ -114,12 +114,7 @@ def load_model(path: Path, manifest: Manifest, device: torch.device) -> Transfor
     Raises:
         CheckpointError: A tensor is missing, damaged, or has another shape or type.
     """
-    config = parse_config(manifest.config)
-    wanted, found = count_parameters(config.model).total, parameters_in(manifest)
-    if wanted != found:  # before anything as large as a stranger's config says is made
-        rule = f"the model of its config has {wanted:,} parameters"
-        raise CheckpointError(str(path), f"{found:,} parameters", rule, OLDER)
-    check_names(path, manifest, config.model)
+    config = check_complete(path, manifest)
     with torch.device("meta"):
         model = Transformer(config.model)
     model.to_empty(device=device)
@@ -145,6 +140,22 @@ def check_names(path: Path, manifest: Manifest, config: ModelConfig) -> None:
             shown = f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             rule = "the checkpoint holds every tensor of the model and its moments, and no other"
             raise CheckpointError(str(path), shown, rule, "use a checkpoint of this model")
+
+
+def check_complete(path: Path, manifest: Manifest) -> Config:
+    """That a checkpoint holds the model of its own config, whose size is compared before anything of it is made.
+
+    Raises:
+        CheckpointError: It does not.
+        ConfigError: Its config is none.
+    """
+    config = parse_config(manifest.config)
+    wanted, found = count_parameters(config.model).total, parameters_in(manifest)
+    if wanted != found:
+        rule = f"the model of its config has {wanted:,} parameters"
+        raise CheckpointError(str(path), f"{found:,} parameters", rule, OLDER)
+    check_names(path, manifest, config.model)
+    return config
 
 
 def _first_problem(outcomes: list[Outcome]) -> tuple[str, str, str, str] | None:

@@ -168,7 +168,7 @@ class Draft:
     @cached_property
     def part(self) -> Path:
         """This rank's part."""
-        return self.folder / f"part-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
+        return self.folder / store.part_name(self.rank, self.ranks)
 
     def report(self, written: Outcome) -> None:
         """Leaves word of what this rank wrote, or why it could not; a part that failed makes room for that."""

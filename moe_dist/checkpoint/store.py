@@ -29,6 +29,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def part_name(number: int, parts: int) -> str:
+    """The name of a part."""
+    return f"part-{number:05d}-of-{parts:05d}.safetensors"
+
+
 def committed(root: Path) -> list[Path]:
     """Checkpoints under a root, newest first."""
     if not root.is_dir():
@@ -125,10 +130,14 @@ def step_of(path: Path) -> int:
 
 def write_durably(file: Path, content: bytes) -> None:
     """Writes a small file to the disk."""
-    with file.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        done = 0
+        while done < len(content):
+            done += os.write(handle, content[done:])
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
