@@ -137,6 +137,8 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _every_name_once(self) -> Manifest:
+        if self.format != 1 and any(part.sha256 is not None for part in self.parts):
+            raise ValueError("a SHA-256 of a whole part belongs to format 1")
         files, tensors = [part.file for part in self.parts], [name for part in self.parts for name in part.tensors]
         for what, names in (("part", files), ("tensor", tensors)):
             twice = [name for name, count in Counter(names).items() if count > 1]
