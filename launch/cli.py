@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch import data_commands
+from launch.checkpoint_commands import checkpoint_app
 from launch.config_commands import config_app
 from launch.failure import RankCrash
 from launch.routing_commands import routing_app
@@ -43,6 +44,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Text to shards; what they hol
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(verify)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.packing import separating_token
+from launch.batches import RankBatches
 from launch.interrupt import STOP_FILE
-from launch.train import RankBatches, build_trainee, list_workers, open_mesh
+from launch.train import build_trainee, list_workers, open_mesh
 from moe_dist.config import Config
 from moe_dist.model import Transformer
 from moe_dist.moe.decision import RoutingContext, RoutingDecision

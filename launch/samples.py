@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import load_tokenizer
-from moe_dist.checkpoint.load import load_model, newest_verified
+from moe_dist.checkpoint.load import load_newest_model
 from moe_dist.config import parse_config
 from moe_dist.errors import CheckpointError
 from moe_dist.generate.sampling import Sampling, continue_prompts
@@ -41,13 +42,13 @@ def generate_from_run(
     Raises:
         CheckpointError: The run has no checkpoint that proves whole.
     """
-    found = newest_verified(run_dir / "checkpoints", lambda text: print(text, file=sys.stderr))
-    if found is None:
-        rule = "text is made with a checkpoint of the run"
-        raise CheckpointError(str(run_dir), "no checkpoint", rule, "train the run first")
-    path, manifest = found
-    model = load_model(path, manifest, device or choose_device(0))
-    config = parse_config(manifest["config"])
+    on = device or choose_device(0)
+    model, manifest = load_newest_model(run_dir / "checkpoints", on, lambda text: print(text, file=sys.stderr))
+    config = parse_config(manifest.config)
+    known = manifest.data.get("tokenizer_sha256")
+    if known is not None and hashlib.sha256((run_dir / TOKENIZER_NAME).read_bytes()).hexdigest() != known:
+        rule = "the tokenizer is the one that the checkpoint was trained with"
+        raise CheckpointError(str(run_dir / TOKENIZER_NAME), "another file", rule, "restore the run's tokenizer.json")
     tokenizer = load_tokenizer(run_dir / TOKENIZER_NAME, config.model.vocab_size)
     own = config.generate
     sampling = Sampling(

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from data_pipeline.build import open_tokenizer
-from data_pipeline.loader import BatchLoader, heldout_rows, open_training
+from data_pipeline.loader import heldout_rows
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.packing import open_rows, separating_token
-from data_pipeline.prefetch import Prefetch
+from launch.batches import RankBatches
 from launch.interrupt import STOP_FILE
 from launch.outcome import write_summary
 from moe_dist.config import Config
@@ -75,6 +75,8 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     try:
         status = trainer.run(stop_asked=(Path(config.run.dir) / STOP_FILE).exists)
     finally:
+        trainer.close()
+        batches.close()
         recorder.close()
     if process.rank > 0:
         return {"status": status}
@@ -98,25 +100,6 @@ def build_trainee(config: Config, mesh: Mesh, device: torch.device, end_of_text:
     optimizer = share_out(build_adamw(model, config.optimizer), model, mesh, config.parallel)
     gradients = Gradients(model, mesh, config.parallel.overlap_gradients)
     return Trainee(config, mesh, model, gradients, optimizer, ledger, end_of_text)
-
-
-class RankBatches:
-    """The loader's rows as tensors, made ahead, with its cursor; ranks of a tensor group read the same rows."""
-
-    def __init__(self, config: Config, build_dir: Path, mesh: Mesh) -> None:
-        training = open_training(config, build_dir, config.train.steps)
-        batch = config.train.global_batch_sequences
-        loader = BatchLoader(training, batch, mesh.data_place, mesh.layout.data)
-        self.batches = Prefetch(loader, config.data.prefetch_batches)
-
-    def __next__(self) -> torch.Tensor:
-        return torch.from_numpy(next(self.batches).rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.batches.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches.load_state_dict(state)
 
 
 def load_held_out(config: Config, build_dir: Path, device: torch.device, mesh: Mesh) -> HeldOut:

@@ -21,6 +21,10 @@ class Outcome:
     value: Any = None
     problem: tuple[str, str, str, str] | None = None
 
+    def error(self) -> CheckpointError | None:
+        """What went wrong, if anything did."""
+        return None if self.problem is None else CheckpointError(*self.problem)
+
     def unwrap(self) -> Any:
         """The result.
 
@@ -34,15 +38,16 @@ class Outcome:
 
 def on_first_rank(action: Callable[[], Any], mesh: Mesh) -> Outcome:
     """Runs an action on rank 0 and gives its outcome to all."""
-    return from_first(_attempt(action, 0) if mesh.rank == 0 else None, mesh.world)
+    return from_first(attempt(action, 0) if mesh.rank == 0 else None, mesh.world)
 
 
 def on_every_rank(action: Callable[[], Any], mesh: Mesh) -> list[Outcome]:
     """Runs an action on every rank and gives all outcomes to all, in order of rank."""
-    return gather_objects(_attempt(action, mesh.rank), mesh.world)
+    return gather_objects(attempt(action, mesh.rank), mesh.world)
 
 
-def _attempt(action: Callable[[], Any], rank: int) -> Outcome:
+def attempt(action: Callable[[], Any], rank: int) -> Outcome:
+    """What an action of one rank gives or what goes wrong in it, whatever that is."""
     try:
         return Outcome(action())
     except MoeDistError as error:

@@ -1,62 +1,165 @@
-"""Loading: the newest checkpoint that proves whole, cut to whatever layout asks for it."""
+"""Loading: the newest checkpoint that proves whole while it is read, cut to whatever layout asks for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from moe_dist.checkpoint import pieces, store
-from moe_dist.checkpoint.agree import on_every_rank, on_first_rank
-from moe_dist.config import parse_config
+from moe_dist.checkpoint.agree import Outcome, attempt, on_every_rank, on_first_rank
+from moe_dist.checkpoint.manifest import OLDER, Manifest, read_manifest
+from moe_dist.checkpoint.read import Reader, parameters_in
+from moe_dist.config import Config, ModelConfig, parse_config
 from moe_dist.errors import CheckpointError
-from moe_dist.model.naming import Cut, global_tensors
+from moe_dist.model.flops import count_parameters
+from moe_dist.model.naming import global_tensors
 from moe_dist.model.transformer import Transformer
-from moe_dist.parallel.fsdp import filling
+from moe_dist.parallel.fsdp import local, rows_here
 from moe_dist.parallel.mesh import Mesh
 
+Report = Callable[[str], None]
 
-def newest_verified(root: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose every byte is as written, with its manifest; damaged ones are reported by name.
+
+def restore_newest(
+    root: Path,
+    mesh: Mesh,
+    report: Report,
+    accept: Callable[[Path, Manifest], None],
+    fill: Callable[[Path, Manifest], None],
+) -> tuple[Path, Manifest] | None:
+    """Fills this rank from the newest checkpoint that proves whole on all ranks; entered by all ranks.
+
+    A checkpoint that turns out to be damaged while it is read is reported, and the one before is read over it.
+
+    Args:
+        root: Where checkpoints lie.
+        mesh: This rank.
+        report: Told of those that are left out.
+        accept: Raises where a checkpoint is whole but not of this run; nothing older is tried then.
+        fill: Reads it, as `load_training_state` does.
 
     Returns:
-        None where there is no checkpoint at all.
+        The checkpoint; None where there is none at all.
 
     Raises:
-        CheckpointError: There are checkpoints and none proves whole: nothing may then begin anew in silence.
+        CheckpointError: On every rank alike: it is not of this run, or there are checkpoints and none proves whole:
+            nothing may then begin anew in silence.
     """
-    problems = []
+    names = on_first_rank(lambda: [path.name for path in store.committed(root)], mesh).unwrap()
+    first: tuple[str, str, str, str] | None = None
+    for path in (root / name for name in names):
+        opened = attempt(lambda: read_manifest(path), mesh.rank)  # noqa: B023 - called at once, as those below
+        damage = _first_problem(on_every_rank(lambda: bool(opened.unwrap()), mesh))  # noqa: B023
+        if damage is None:
+            manifest: Manifest = opened.unwrap()
+            refused = _first_problem(on_every_rank(lambda: accept(path, manifest), mesh))  # noqa: B023
+            if refused is not None:
+                raise CheckpointError(*refused)
+            damage = _first_problem(on_every_rank(lambda: fill(path, manifest), mesh))  # noqa: B023
+            if damage is None:
+                return path, manifest
+        report(_left_out(path, *damage[:3]))
+        first = first or damage
+    if first is not None:
+        raise _none_is_whole(root, *first[:2])
+    return None
+
+
+def load_newest_model(root: Path, device: torch.device, report: Report) -> tuple[Transformer, Manifest]:
+    """A whole plain model, in one process, from the newest checkpoint whose weights prove whole.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    first: CheckpointError | None = None
     for path in store.committed(root):
         try:
-            return path, store.verify(path)
+            manifest = read_manifest(path)
+            return load_model(path, manifest, device), manifest
         except CheckpointError as error:
-            problems.append(error)
             report(_left_out(path, error.where, str(error.value), error.rule))
-    if problems:
-        raise _none_is_whole(root, problems[0].where, str(problems[0].value))
-    return None
-
-
-def agree_on_newest(root: Path, mesh: Mesh, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The same for all ranks of a run, which share out the parts to be proven; entered by all ranks."""
-    names = on_first_rank(lambda: [path.name for path in store.committed(root)], mesh).unwrap()
-    first: tuple[str, str] | None = None
-    for name in names:
-        share = (mesh.rank, mesh.layout.ranks)
-        outcomes = on_every_rank(lambda: store.verify(root / name, share), mesh)  # noqa: B023 - called at once
-        damage = next((outcome.problem for outcome in outcomes if outcome.problem), None)
-        if damage is None:
-            return root / name, outcomes[0].value
-        report(_left_out(root / name, *damage[:3]))
-        first = first or (damage[0], damage[1])
+            first = first or error
     if first is not None:
-        raise _none_is_whole(root, *first)
-    return None
+        raise _none_is_whole(root, first.where, str(first.value))
+    raise CheckpointError(str(root), "no checkpoint", "there is a checkpoint of the run", "train the run first")
+
+
+def load_training_state(path: Path, manifest: Manifest, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    """Fills the weights, moments and buffers held here, whatever layout wrote them; reads no more than these.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, damaged, or of another shape or type.
+    """
+    check_names(path, manifest, model.config)
+    pieces.prepare_moments(optimizer, manifest.step)
+    with Reader(path, manifest) as reader, torch.no_grad():
+        for of_parameter, tensors in pieces.parameters_here(model, optimizer):
+            for kind, held in tensors.items():
+                here, rows = local(held), rows_here(held) if held.ndim else range(1)
+                for piece in of_parameter:
+                    name = f"{kind}/{piece.name}"
+                    if piece.index is not None and piece.index in rows:
+                        reader.copy(name, here[piece.index - rows.start], piece.cut)
+                    elif piece.index is None:
+                        reader.copy(name, here, piece.cut, rows if held.ndim else None)
+        for name, buffer in pieces.buffers_here(model).items():
+            reader.copy(name, buffer)
+
+
+def load_model(path: Path, manifest: Manifest, device: torch.device) -> Transformer:
+    """A whole plain model, in one process, from a checkpoint and its proven manifest.
+
+    Raises:
+        CheckpointError: A tensor is missing, damaged, or has another shape or type.
+    """
+    config = check_complete(path, manifest)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model.to_empty(device=device)
+    if config.train.precision == "fp64":
+        model.to(torch.float64)
+    with Reader(path, manifest) as reader, torch.no_grad():
+        for piece in global_tensors(model):
+            reader.copy(f"model/{piece.name}", piece.of(model.get_parameter(piece.parameter).detach()))
+        for name, buffer in pieces.buffers_here(model).items():
+            reader.copy(name, buffer)
+    return model.eval()
+
+
+def check_names(path: Path, manifest: Manifest, config: ModelConfig) -> None:
+    """That a checkpoint holds the tensors of a model and no others.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    expected, found = pieces.expected_shapes(config).keys(), manifest.tensors.keys()
+    for what, names in (("missing", sorted(expected - found)), ("unexpected", sorted(found - expected))):
+        if names:
+            shown = f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            rule = "the checkpoint holds every tensor of the model and its moments, and no other"
+            raise CheckpointError(str(path), shown, rule, "use a checkpoint of this model")
+
+
+def check_complete(path: Path, manifest: Manifest) -> Config:
+    """That a checkpoint holds the model of its own config, whose size is compared before anything of it is made.
+
+    Raises:
+        CheckpointError: It does not.
+        ConfigError: Its config is none.
+    """
+    config = parse_config(manifest.config)
+    wanted, found = count_parameters(config.model).total, parameters_in(manifest)
+    if wanted != found:
+        rule = f"the model of its config has {wanted:,} parameters"
+        raise CheckpointError(str(path), f"{found:,} parameters", rule, OLDER)
+    check_names(path, manifest, config.model)
+    return config
+
+
+def _first_problem(outcomes: list[Outcome]) -> tuple[str, str, str, str] | None:
+    return next((outcome.problem for outcome in outcomes if outcome.problem), None)
 
 
 def _left_out(path: Path, where: str, value: str, rule: str) -> str:
@@ -66,70 +169,3 @@ def _left_out(path: Path, where: str, value: str, rule: str) -> str:
 def _none_is_whole(root: Path, where: str, value: str) -> CheckpointError:
     fix = f"restore {root} from a copy, or choose another run.dir to train anew"
     return CheckpointError(where, value, f"one of the checkpoints in {root} proves whole", fix)
-
-
-def load_training_state(
-    path: Path, manifest: dict[str, Any], model: Transformer, optimizer: torch.optim.Optimizer
-) -> None:
-    """Fills the weights, moments and buffers held here, whatever layout wrote them.
-
-    Raises:
-        CheckpointError: A tensor is missing or has another shape or type.
-    """
-    pieces.prepare_moments(optimizer, manifest["step"])
-    with ExitStack() as stack, torch.no_grad():
-        read = _reader(path, manifest, stack)
-        for of_parameter, tensors in pieces.parameters_here(model, optimizer):
-            for kind, held in tensors.items():
-                with filling(held) as target:
-                    for piece in of_parameter:
-                        read(f"{kind}/{piece.name}", piece.of(target), piece.cut)
-        for name, buffer in pieces.buffers_here(model).items():
-            read(name, buffer)
-
-
-def load_model(path: Path, manifest: dict[str, Any], device: torch.device) -> Transformer:
-    """A whole plain model, in one process, from a checkpoint and its proven manifest.
-
-    Raises:
-        CheckpointError: A tensor is missing or has another shape or type.
-    """
-    config = parse_config(manifest["config"])
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    model.to_empty(device=device)
-    if config.train.precision == "fp64":
-        model.to(torch.float64)
-    with ExitStack() as stack, torch.no_grad():
-        read = _reader(path, manifest, stack)
-        for piece in global_tensors(model):
-            read(f"model/{piece.name}", piece.of(model.get_parameter(piece.parameter).detach()))
-        for name, buffer in pieces.buffers_here(model).items():
-            read(name, buffer)
-    return model.eval()
-
-
-def _reader(path: Path, manifest: dict[str, Any], stack: ExitStack) -> Callable[..., None]:
-    """A function that copies a named tensor into a target, opening each part once."""
-    part_of = {name: part["file"] for part in manifest["parts"] for name in part["tensors"]}
-    opened: dict[str, Any] = {}
-
-    def read(name: str, target: Tensor, cut: Cut | None = None) -> None:
-        if name not in part_of:
-            rule = "the checkpoint holds every tensor of the model"
-            raise CheckpointError(f"{path}: {name}", "missing", rule, "use a checkpoint of this model")
-        file = part_of[name]
-        try:
-            if file not in opened:
-                opened[file] = stack.enter_context(safe_open(path / file, framework="pt"))
-            value = opened[file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path / file}: {name}", error, "the part is readable", "use an older one") from None
-        wanted = target.shape if cut is None else cut.whole_shape(target.shape)
-        if value.shape != wanted or value.dtype != target.dtype:
-            found = f"{list(value.shape)} {value.dtype}"
-            rule = f"the model has {list(wanted)} {target.dtype}"
-            raise CheckpointError(f"{path / file}: {name}", found, rule, "use the config the checkpoint was made with")
-        target.copy_(value if cut is None else cut.take(value))
-
-    return read

@@ -23,13 +23,15 @@ from moe_dist.parallel.zero import ShardedOptimizer, state_holders
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def expected_names(config: ModelConfig) -> set[str]:
-    """Every name that a complete checkpoint of this model has."""
+def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every name that a complete checkpoint of this model has, with the whole tensor's shape."""
     with torch.device("meta"):
         model = Transformer(config)
-    kinds = ("model", *MOMENTS)
-    pieces = {f"{kind}/{piece.name}" for piece in global_tensors(model) for kind in kinds}
-    return pieces | set(buffers_here(model))
+    shapes = {f"model/{name}": buffer.shape for name, buffer in global_buffers(model).items()}
+    for piece in global_tensors(model):
+        shape = piece.of(model.get_parameter(piece.parameter)).shape
+        shapes |= {f"{kind}/{piece.name}": shape for kind in ("model", *MOMENTS)}
+    return shapes
 
 
 def parameters_here(
@@ -60,30 +62,60 @@ def buffers_here(model: Transformer) -> dict[str, Tensor]:
     return {f"model/{name}": buffer for name, buffer in global_buffers(model).items()}
 
 
-def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Tensor]:
+def owned_shapes(
+    model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of every tensor that `owned_tensors` will give."""
+    owned = {name: (buffer.shape, buffer.dtype) for name, buffer in _owned_buffers(model, mesh).items()}
+    for pieces, tensors in _shared_out(model, optimizer, mesh):
+        for piece, mine in pieces:
+            for kind, tensor in tensors.items() if mine else ():
+                held = tensor.shape if piece.index is None else tensor.shape[1:]
+                whole_shape = held if piece.cut is None else piece.cut.whole_shape(held)
+                owned[f"{kind}/{piece.name}"] = (whole_shape, tensor.dtype)
+    return owned
+
+
+def owned_tensors(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
     """The named tensors that this rank writes, whole: each exists on several ranks and is written by one of them.
 
-    Entered by all ranks: those that hold cuts of a tensor put it together, one tensor at a time. Where the optimizer's
-    state is shared out, the one rank that holds a parameter's moments writes its weight too; of those that hold cuts
-    of them, the first.
+    Entered by all ranks to its end: those that hold cuts of a tensor put it together, one parameter at a time, which is
+    the most that a rank holds besides its own. Where the optimizer's state is shared out, the one rank that holds a
+    parameter's moments writes its weight too; of those that hold cuts of them, the first.
     """
+    yield from _owned_buffers(model, mesh).items()
+    for pieces, tensors in _shared_out(model, optimizer, mesh):
+        held = {kind: whole(tensor) for kind, tensor in tensors.items()}
+        for piece, mine in pieces:
+            for kind, tensor in held.items():
+                joined = gather_cut(piece, piece.of(tensor), mesh)
+                if mine:
+                    yield f"{kind}/{piece.name}", joined
+
+
+def _owned_buffers(model: Transformer, mesh: Mesh) -> dict[str, Tensor]:
+    return buffers_here(model) if mesh.rank == 0 else {}
+
+
+def _shared_out(
+    model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> Iterator[tuple[list[tuple[GlobalTensor, bool]], dict[str, Tensor]]]:
+    """Every parameter held here with its tensors by kind, its pieces, and whether this rank writes each of them."""
     sharded = isinstance(optimizer, ShardedOptimizer)
-    owned = buffers_here(model) if mesh.rank == 0 else {}
     dense = 0  # counted over dense pieces alone: ranks hold different numbers of experts
-    for piece, tensors in pieces_here(model, optimizer):
-        first = piece.cut is None or piece.cut.place == 0
-        if sharded:
-            mine = len(tensors) > 1 and first
-        elif piece.index is None:
-            mine = dense % mesh.layout.ranks == mesh.rank
-            dense += 1
-        else:
-            mine = piece.index % mesh.layout.expert_data == mesh.expert_copy and first
-        joined = {f"{kind}/{piece.name}": gather_cut(piece, tensor, mesh) for kind, tensor in tensors.items()}
-        if mine:
-            # Views of what was put together for this save alone would keep all of it.
-            owned |= {name: tensor.clone() if mesh.layout.shards else tensor for name, tensor in joined.items()}
-    return owned
+    for pieces, tensors in parameters_here(model, optimizer):
+        marked = []
+        for piece in pieces:
+            first = piece.cut is None or piece.cut.place == 0
+            if sharded:
+                mine = len(tensors) > 1 and first
+            elif piece.index is None:
+                mine = dense % mesh.layout.ranks == mesh.rank
+                dense += 1
+            else:
+                mine = piece.index % mesh.layout.expert_data == mesh.expert_copy and first
+            marked.append((piece, mine))
+        yield marked, tensors
 
 
 def prepare_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:

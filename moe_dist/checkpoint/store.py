@@ -3,57 +3,88 @@
     <root>/step-00000050/manifest.json               a checkpoint is a folder with a manifest
     <root>/step-00000050/part-00000-of-00002.safetensors
     <root>/.writing-step-00000100-4f2a/              not yet one; swept at the next save
+    <root>/.replaced-step-00000100-77b0/             the one before under a name that is being given anew
 
 A folder is renamed only after every part and the manifest are on disk, so that a kill at any moment leaves either the
-whole checkpoint or none.
+whole checkpoint or none. Where a checkpoint of that step is there already, it steps aside first and counts as committed
+until the new one has the name.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
 
+from moe_dist.checkpoint.manifest import MANIFEST, Manifest, manifest_bytes
 from moe_dist.errors import CheckpointError
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-_COMMITTED = re.compile(r"^step-(\d{8,})$")
+_COMMITTED = re.compile(r"^(?:step-(\d{8,18})|\.replaced-step-(\d{8,18})-[0-9a-f]{8})$")
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def part_name(number: int, parts: int) -> str:
+    """The name of a part."""
+    return f"part-{number:05d}-of-{parts:05d}.safetensors"
 
 
 def committed(root: Path) -> list[Path]:
     """Checkpoints under a root, newest first."""
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _COMMITTED.match(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found: dict[int, Path] = {}
+    for path in sorted(root.iterdir(), reverse=True):  # a plain name comes before the same one replaced
+        if _COMMITTED.match(path.name):
+            found.setdefault(step_of(path), path)
+    return [path for _, path in sorted(found.items(), reverse=True)]
 
 
-def begin(root: Path, step: int) -> Path:
-    """Creates the folder that a checkpoint is written into, after sweeping what a killed save left."""
+def begin(root: Path, step: int, needed: int) -> Path:
+    """Creates the folder that a checkpoint is written into, after sweeping what a killed save left.
+
+    Args:
+        root: Where checkpoints lie.
+        step: Updates made.
+        needed: Bytes that it will take.
+
+    Raises:
+        CheckpointError: There is less room.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder = root / f".writing-step-{step:08d}-{uuid.uuid4().hex[:8]}"
+    sweep(root)
+    available = shutil.disk_usage(root).free
+    if available < needed:
+        fix = "make room; the checkpoints before are intact, and training goes on"
+        raise CheckpointError(str(root), f"{available:,} bytes free", f"a checkpoint needs {needed:,} bytes", fix)
+    folder = root / f".writing-{step_name(step)}-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     return folder
 
 
-def commit(folder: Path, step: int, manifest: dict[str, Any]) -> Path:
+def sweep(root: Path) -> None:
+    """Removes what a killed save left, and gives a checkpoint its name back that had stepped aside for it."""
+    for leftover in root.glob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for aside in root.glob(".replaced-*"):
+        name = root / aside.name.removeprefix(".replaced-").rpartition("-")[0]
+        if name.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(name)
+
+
+def commit(folder: Path, manifest: Manifest) -> Path:
     """Writes the manifest, makes everything durable, and gives the folder its final name."""
-    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1, sort_keys=True)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(folder / MANIFEST, manifest_bytes(manifest))
     sync_folder(folder)
-    final = folder.parent / f"step-{step:08d}"
-    replaced = folder.parent / f".writing-replaced-{uuid.uuid4().hex[:8]}"
+    final = folder.parent / step_name(manifest.step)
+    replaced = folder.parent / f".replaced-{final.name}-{uuid.uuid4().hex[:8]}"
     if final.exists():
         final.rename(replaced)
     folder.rename(final)
@@ -62,65 +93,51 @@ def commit(folder: Path, step: int, manifest: dict[str, Any]) -> Path:
     return final
 
 
-def prune(root: Path, published: Path, keep: int) -> None:
+def prune(root: Path, published: Path, keep: int, keep_every: int = 0) -> list[Path]:
     """Removes what is older than the newest `keep` checkpoints up to the one just published.
 
     Later ones exist only where a damaged one was passed over; the run writes them anew when it gets there.
-    """
-    older = [path for path in committed(root) if path.name < published.name]
-    for path in older[keep - 1 :]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads and proves a manifest.
-
-    Raises:
-        CheckpointError: It is missing, not JSON, of another format, or not what was written.
-    """
-    where = str(path / MANIFEST)
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        digest = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(where, error, "a checkpoint has a readable manifest", "use an older checkpoint") from None
-    if digest != _digest(manifest):
-        raise CheckpointError(where, digest, "the manifest is what was written", "use an older checkpoint")
-    if manifest.get("format") != FORMAT:
-        fix = "use the version of moe_dist that wrote it"
-        raise CheckpointError(where, manifest.get("format"), f"this version reads format {FORMAT}", fix)
-    return manifest
-
-
-def verify(path: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
-    """Proves a checkpoint: manifest, size and SHA-256 of every part. Returns the manifest.
 
     Args:
-        path: The checkpoint.
-        share: (i, n) proves only every n-th part from the i-th, for n ranks that share the work.
+        root: Where checkpoints lie.
+        published: The newest that counts.
+        keep: How many stay, with it.
+        keep_every: Those of steps that are multiples of this stay too; 0 for none.
 
-    Raises:
-        CheckpointError: Naming the first file that is not what was written.
+    Returns:
+        What was removed.
     """
-    manifest = read_manifest(path)
-    for part in manifest["parts"][share[0] :: share[1]]:
-        file = path / part["file"]
-        if not file.is_file():
-            raise CheckpointError(str(file), "missing", "every part of the manifest exists", "use an older checkpoint")
-        if file.stat().st_size != part["bytes"]:
-            rule = f"the part has {part['bytes']} bytes"
-            raise CheckpointError(str(file), f"{file.stat().st_size} bytes", rule, "use an older checkpoint")
-        found = file_digest(file)
-        if found != part["sha256"]:
-            rule = f"the part's SHA-256 is {part['sha256'][:16]}..."
-            raise CheckpointError(str(file), f"{found[:16]}...", rule, "the file is damaged: use an older checkpoint")
-    return manifest
+    older = [path for path in committed(root) if step_of(path) < step_of(published)]
+    gone = [path for path in older[keep - 1 :] if not keep_every or step_of(path) % keep_every]
+    for path in gone:
+        remove(path)
+    return gone
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def remove(path: Path) -> None:
+    """Removes a checkpoint; killed in between, what is left of it is no checkpoint."""
+    going = path.parent / f".writing-pruned-{uuid.uuid4().hex[:8]}"
+    path.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    match = _COMMITTED.match(path.name)
+    assert match, f"{path} is named as a checkpoint is"
+    return int(match[1] or match[2])
+
+
+def write_durably(file: Path, content: bytes) -> None:
+    """Writes a small file to the disk."""
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        done = 0
+        while done < len(content):
+            done += os.write(handle, content[done:])
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
@@ -130,7 +147,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

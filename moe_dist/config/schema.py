@@ -246,6 +246,17 @@ class GenerateConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int = key(50, "Save every so many steps, and at the end.", "steps", ge=1)
     keep: int = key(2, "Newest checkpoints that are kept.", "checkpoints", ge=1)
+    keep_every_steps: int = key(
+        0,
+        "Checkpoints of steps that are multiples of this are kept for good; 0: none are.",
+        "steps",
+        ge=0,
+    )
+    asynchronous: bool = key(
+        True,
+        "A save between others lets training go on once its state is copied to host memory, and is written beside it; "
+        "the next save waits for it. Takes as much host memory as a rank's part, for the whole run.",
+    )
 
 
 class LaunchConfig(Section):

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moe_dist.checkpoint.agree import on_first_rank
-from moe_dist.checkpoint.load import agree_on_newest, load_training_state
-from moe_dist.checkpoint.save import Saved, save_checkpoint
+from moe_dist.checkpoint.load import load_training_state, restore_newest
+from moe_dist.checkpoint.manifest import Manifest
+from moe_dist.checkpoint.save import Saved, Saver
 from moe_dist.errors import CheckpointError
 from moe_dist.train.checks import check_weights
 from moe_dist.train.evaluate import HeldOut, evaluate
@@ -43,6 +44,7 @@ class Trainer:
         self.trainee, self.batches, self.held_out, self.recorder = trainee, batches, held_out, recorder
         self.config = trainee.config
         self.root = Path(self.config.run.dir) / "checkpoints"
+        self.saver = Saver(self.root, trainee.mesh, self.config.checkpoint, self.config.launch.timeout_seconds)
         self.step = 0
 
     def restore(self) -> Path | None:
@@ -51,18 +53,25 @@ class Trainer:
         Raises:
             CheckpointError: There are checkpoints but none proves whole, or they are of another model or data.
         """
-        found = agree_on_newest(self.root, self.trainee.mesh, self.recorder.message)
+        model, optimizer = self.trainee.model, self.trainee.optimizer
+
+        def fill(path: Path, manifest: Manifest) -> None:
+            load_training_state(path, manifest, model, optimizer)
+
+        found = restore_newest(self.root, self.trainee.mesh, self.recorder.message, self._accept, fill)
         if found is None:
             return None
         path, manifest = found
-        before, now = manifest["config"], self.config.model_dump(mode="json")
+        self.step = manifest.step
+        return path
+
+    def _accept(self, path: Path, manifest: Manifest) -> None:
+        """That a checkpoint is of this model, at its place in this data."""
+        before, now = manifest.config, self.config.model_dump(mode="json")
         _check_same_model(path, before["model"], now["model"])
         old, new = ({"documents": tree["data"].get("documents", "joined")} for tree in (before, now))
         _check_same_model(path, old, new, "data")
-        self.batches.load_state_dict(manifest["data"])
-        load_training_state(path, manifest, self.trainee.model, self.trainee.optimizer)
-        self.step = manifest["step"]
-        return path
+        self.batches.load_state_dict(manifest.data)
 
     def run(self, stop_asked: Callable[[], bool]) -> str:
         """Trains to the last step or until some rank is asked to stop; returns `finished` or `interrupted`.
@@ -85,6 +94,7 @@ class Trainer:
             self.recorder.step(self.step, figures, time.perf_counter() - started)
             ends = figures.stop or self.step == steps
             check_weights(self.trainee, self.step, now=ends)
+            self._hear_of_saves()
             if ends:
                 self.save()
             elif self._is_due(self.config.checkpoint.every_steps):
@@ -98,13 +108,15 @@ class Trainer:
         Raises:
             CheckpointError: It could not be written; on every rank alike.
         """
-        on_first_rank(self.recorder.flush, self.trainee.mesh).unwrap()
-        saved = Saved(self.step, self.config.model_dump(mode="json"), self.batches.state_dict())
-        trainee = self.trainee
-        keep = self.config.checkpoint.keep
-        path = save_checkpoint(self.root, trainee.model, trainee.optimizer, trainee.mesh, saved, keep)
+        self._start_to_save()
+        path = self.saver.finish()
         self.recorder.event("checkpoint", step=self.step, path=str(path))
         return path
+
+    def close(self) -> None:
+        """Lets a save that is under way end; not a collective, for it is called where other ranks may be gone."""
+        self.saver.leave()
+        self._hear_of_saves()
 
     def evaluate(self) -> None:
         """Scores the held-out rows and records the result."""
@@ -112,11 +124,36 @@ class Trainer:
         self.recorder.evaluation(self.step, result.loss, result.bits_per_byte)
 
     def _try_to_save(self) -> None:
-        """A save between others: training goes on without it, and says so."""
+        """A save between others: training goes on beside it, or without it, and says so."""
         try:
-            self.save()
+            if self.config.checkpoint.asynchronous:
+                self._start_to_save()
+            else:
+                self.save()
         except CheckpointError as error:
             self.recorder.message(f"step {self.step}: no checkpoint, training goes on: {error}")
+
+    def _start_to_save(self) -> None:
+        """Copies what a checkpoint holds and begins to write it, after the save before has ended."""
+        on_first_rank(self.recorder.flush, self.trainee.mesh).unwrap()
+        self.saver.wait()
+        self._hear_of_saves()
+        config, seed = self.config, self.config.seed
+        schedule = {"updates": self.step, "steps": config.train.steps}
+        # Random numbers follow from the seed, the purpose, the step and the place; there is no generator to store.
+        state = {"schedule": schedule, "random": {"seed": seed, "step": self.step}}
+        saved = Saved(self.step, config.model_dump(mode="json"), self.batches.state_dict(), state)
+        self.saver.start(self.trainee.model, self.trainee.optimizer, saved)
+
+    def _hear_of_saves(self) -> None:
+        """Tells of a save that has ended in the background; only rank 0 hears, and no other need to."""
+        outcome = self.saver.news()
+        if outcome is None:
+            return
+        if outcome.problem is None:
+            self.recorder.event("checkpoint", step=self.saver.step, path=outcome.value)
+        else:
+            self.recorder.message(f"step {self.saver.step}: no checkpoint, training goes on: {outcome.error()}")
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

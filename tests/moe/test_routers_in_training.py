@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from moe_dist.checkpoint import pieces
-from moe_dist.checkpoint.load import agree_on_newest, load_model, load_training_state, newest_verified
+from moe_dist.checkpoint.load import load_model
 from moe_dist.checkpoint.save import Saved, save_checkpoint
 from moe_dist.model.naming import global_buffers
 from moe_dist.moe.router import build_router
 from moe_dist.train.step import train_step
+from tests.support import checkpoints
 from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
 from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step, parallel_trainee
@@ -71,13 +72,12 @@ def trained_biases(rank: int, ranks: int, degree: int, root: str) -> dict[str, A
     train_with_bias(trainee, rank, ranks, range(2))
     halfway = biases_of(trainee.model)
     saved = Saved(2, config.model_dump(mode="json"), {"cursor": 12})
-    if agree_on_newest(Path(root), trainee.mesh, print) is None:
+    if checkpoints.restored(Path(root), parallel_trainee(config, degree, optimizer="adamw")) is None:
         save_checkpoint(Path(root), trainee.model, trainee.optimizer, trainee.mesh, saved, keep=2)
     train_with_bias(trainee, rank, ranks, range(2, 4))
 
     other = parallel_trainee(config, degree, optimizer="adamw")
-    path, manifest = agree_on_newest(Path(root), other.mesh, print)  # type: ignore[misc]
-    load_training_state(path, manifest, other.model, other.optimizer)
+    assert checkpoints.restored(Path(root), other) is not None
     restored = biases_of(other.model)
     train_with_bias(other, rank, ranks, range(2, 4))
     return {
@@ -89,9 +89,9 @@ def trained_biases(rank: int, ranks: int, degree: int, root: str) -> dict[str, A
 
 
 def _check_what_the_checkpoint_holds(root: Path, halfway: dict[str, torch.Tensor]) -> None:
-    path, manifest = newest_verified(root, print)  # type: ignore[misc]
-    names = [name for part in manifest["parts"] for name in load_file(path / part["file"])]
-    assert sorted(names) == sorted(pieces.expected_names(config_of(BIASED).model))
+    path, manifest = checkpoints.newest(root)
+    names = [name for part in manifest.parts for name in load_file(path / part.file)]
+    assert sorted(names) == sorted(pieces.expected_shapes(config_of(BIASED).model))
     assert {f"model/{name}" for name in halfway} <= set(names)
     model = load_model(path, manifest, torch.device("cpu"))
     assert all(torch.equal(tensor, halfway[name]) for name, tensor in global_buffers(model).items())

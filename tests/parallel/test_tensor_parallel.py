@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from moe_dist.checkpoint import pieces
-from moe_dist.checkpoint.load import agree_on_newest, load_training_state
 from moe_dist.checkpoint.save import Saved, save_checkpoint
 from moe_dist.config import Config
 from moe_dist.parallel.fsdp import whole
 from moe_dist.parallel.tensor import gather_cut
 from moe_dist.train.step import Trainee, train_step
+from tests.support import checkpoints
 from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
 from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step, parallel_trainee
@@ -140,8 +140,7 @@ def whole_state(trainee: Trainee) -> dict[str, torch.Tensor]:
 
 def restored(parallel: dict[str, Any], root: str) -> dict[str, torch.Tensor]:
     trainee = parallel_trainee(run_config(parallel), parallel["expert"], "adamw")
-    path, manifest = agree_on_newest(Path(root), trainee.mesh, print)  # type: ignore[misc]
-    load_training_state(path, manifest, trainee.model, trainee.optimizer)
+    assert checkpoints.restored(Path(root), trainee) is not None
     return whole_state(trainee)
 
 

@@ -233,30 +233,6 @@ def test_record_of_an_older_version_is_continued(tmp_path):
     assert [row["demand"] for row in recorder.recent] == [[[3, 1]]] * 2
 
 
-def full_disk_at_the_first_save(rank: int, folder: str) -> dict[str, Any]:
-    from moe_dist.checkpoint import save
-
-    original, failures = save.save_file, iter([rank == 1])
-
-    def fails_once(*arguments: Any) -> None:
-        if next(failures, False):
-            raise OSError(28, "No space left on device")
-        original(*arguments)
-
-    save.save_file = fails_once  # type: ignore[assignment]
-    found = run_trainer(rank, folder, 2, 2)
-    save.save_file = original
-    return found
-
-
-def test_failed_save_is_told_and_training_goes_on(tmp_path):
-    found = run_gang(full_disk_at_the_first_save, 2, str(tmp_path))
-    assert {result["status"] for result in found} == {"finished"}
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
-    told = (tmp_path / "progress.jsonl").read_text()
-    assert "step 2: no checkpoint" in told and "No space left" in told and "rank 1" in told
-
-
 def one_process(rank: int, folder: str) -> dict[str, Any]:
     """Checks that need a mesh of one: bf16, faults."""
     config = small_config(train={"precision": "bf16", "steps": 20}, optimizer={"lr": 0.01})
