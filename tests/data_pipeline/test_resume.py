@@ -160,11 +160,11 @@ def test_build_killed_at_ten_moments_ends_with_the_same_bytes(cleaned: Case, cop
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["cleaned", "copied"])
 def test_build_on_ray_killed_at_ten_moments_ends_with_the_same_bytes(
-    cleaned: Case, copied: Case, tmp_path: Path
+    request: pytest.FixtureRequest, tmp_path: Path, name: str
 ) -> None:
-    _prove_kills(cleaned, tmp_path / "cleaned", workers=2, kills=10, seed=1)
-    _prove_kills(copied, tmp_path / "copied", workers=2, kills=10, seed=1)
+    _prove_kills(request.getfixturevalue(name), tmp_path, workers=2, kills=10, seed=1)
 
 
 @pytest.mark.slow
