@@ -1,8 +1,8 @@
 """The `moe-dist` command: everything a person runs.
 
 With `--json` the last line of standard output is one JSON object, and everything else goes to standard error. Exit
-codes: 0 done, 1 a bug or a failed check, 2 wrong input, 3 a checkpoint that cannot be used, 4 training failed,
-130 interrupted.
+codes: 0 done, 1 a bug or a failed check, 2 wrong input, 3 a checkpoint that cannot be used, 4 training failed, 5 numbers
+that are not finite, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "train.routing_ledger",
     "train.checks",
     "train.checks_every_steps",
+    "watch",
 )
 
 

@@ -1,29 +1,17 @@
 """The config tree: every key with its type, unit, default and meaning. Frozen and strict; it holds no behaviour.
 
-Rules that join several keys are in `rules.py`; reading files and overrides is in `load.py`.
+What sections are made of is in `section.py`, what a run watches of itself in `watch_schema.py`, rules that join several
+keys in `rules.py`; reading files and overrides is in `load.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import field_validator
 
-
-class Section(BaseModel):
-    """A frozen section of the tree that refuses unknown keys and silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def key(default: Any, meaning: str, unit: str = "", **rules: Any) -> Any:
-    """Declares a config key: default (`...` means required), meaning, unit and pydantic's own range rules."""
-    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
-
-
-def section(kind: type[Section], meaning: str) -> Any:
-    """Declares a nested section that exists even when the file does not mention it."""
-    return Field(default_factory=kind, description=meaning)
+from moe_dist.config.section import Section, key, section
+from moe_dist.config.watch_schema import WatchConfig
 
 
 class RunConfig(Section):
@@ -368,4 +356,5 @@ class Config(Section):
     evaluate: EvaluateConfig = section(EvaluateConfig, "Held-out evaluation.")
     generate: GenerateConfig = section(GenerateConfig, "Samples of text.")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
+    watch: WatchConfig = section(WatchConfig, "What a run watches of itself, and when it stops or warns.")
     launch: LaunchConfig = section(LaunchConfig, "Processes.")

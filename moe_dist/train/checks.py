@@ -6,7 +6,7 @@
 | `full` | also the weights that ranks hold, now and then | one gather of a 64-bit number for each tensor |
 
 All ranks judge the same sums or the same numbers, so that a broken rule stops every one of them, with the same words.
-That the norm of the gradient is finite is asked whatever `train.checks` says (`step.py`).
+A step that is not finite is passed over unjudged, whatever `train.checks` says (`step.py`, `nonfinite.py`).
 """
 
 from __future__ import annotations

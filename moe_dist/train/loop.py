@@ -19,7 +19,8 @@ from moe_dist.errors import CheckpointError
 from moe_dist.train.checks import check_weights
 from moe_dist.train.evaluate import HeldOut, evaluate
 from moe_dist.train.metrics import Recorder
-from moe_dist.train.step import Trainee, train_step
+from moe_dist.train.nonfinite import SkippedSteps, check_finite
+from moe_dist.train.step import StepFigures, Trainee, train_step
 
 
 class Batches(Protocol):
@@ -44,6 +45,7 @@ class Trainer:
         self.config = trainee.config
         self.root = Path(self.config.run.dir) / "checkpoints"
         self.step = 0
+        self.skipped = SkippedSteps(trainee)
 
     def restore(self) -> Path | None:
         """Continues from the newest checkpoint that proves whole; returns its path, or None where there is none.
@@ -62,6 +64,7 @@ class Trainer:
         self.batches.load_state_dict(manifest["data"])
         load_training_state(path, manifest, self.trainee.model, self.trainee.optimizer)
         self.step = manifest["step"]
+        self.skipped.restore(self.step, manifest["data"])
         return path
 
     def run(self, stop_asked: Callable[[], bool]) -> str:
@@ -83,11 +86,15 @@ class Trainer:
             figures = train_step(self.trainee, rows, self.step, stop_asked())
             self.step += 1
             self.recorder.step(self.step, figures, time.perf_counter() - started)
+            self._watch(figures)
             ends = figures.stop or self.step == steps
             check_weights(self.trainee, self.step, now=ends)
+            saves = ends or self._is_due(self.config.checkpoint.every_steps)
+            if saves:
+                check_finite(self.trainee, self.step)
             if ends:
                 self.save()
-            elif self._is_due(self.config.checkpoint.every_steps):
+            elif saves:
                 self._try_to_save()
             if figures.stop and self.step < steps:
                 return "interrupted"
@@ -99,7 +106,7 @@ class Trainer:
             CheckpointError: It could not be written; on every rank alike.
         """
         on_first_rank(self.recorder.flush, self.trainee.mesh).unwrap()
-        saved = Saved(self.step, self.config.model_dump(mode="json"), self.batches.state_dict())
+        saved = Saved(self.step, self.config.model_dump(mode="json"), self.skipped.noted_in(self.batches.state_dict()))
         trainee = self.trainee
         keep = self.config.checkpoint.keep
         path = save_checkpoint(self.root, trainee.model, trainee.optimizer, trainee.mesh, saved, keep)
@@ -110,6 +117,16 @@ class Trainer:
         """Scores the held-out rows and records the result."""
         result = evaluate(self.trainee, self.held_out)
         self.recorder.evaluation(self.step, result.loss, result.bits_per_byte)
+
+    def _watch(self, figures: StepFigures) -> None:
+        """Tells what was out of the ordinary in the step that has just ended.
+
+        Raises:
+            NumericFault: Too many steps in a row were not finite; on every rank alike.
+        """
+        told = self.skipped.see(self.step, figures)
+        if told is not None:
+            self.recorder.event("skipped", **told)
 
     def _try_to_save(self) -> None:
         """A save between others: training goes on without it, and says so."""
