@@ -207,6 +207,8 @@ class Narrator:
                 where = f"samples {event['first_sample']} to {event['last_sample']}"
                 what = f"loss {event['loss']}, gradient norm {event['grad_norm']}"
                 self._display.message(f"step {event['step']}: passed over, nothing changed: {what}; {where}")
+            case "alarm":
+                self._display.message(f"warning: {event['text']}")
             case "message":
                 self._display.message(str(event["text"]))
 

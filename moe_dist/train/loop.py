@@ -16,6 +16,7 @@ from moe_dist.checkpoint.agree import on_first_rank
 from moe_dist.checkpoint.load import agree_on_newest, load_training_state
 from moe_dist.checkpoint.save import Saved, save_checkpoint
 from moe_dist.errors import CheckpointError
+from moe_dist.train.alarms import Alarms
 from moe_dist.train.checks import check_weights
 from moe_dist.train.evaluate import HeldOut, evaluate
 from moe_dist.train.metrics import Recorder
@@ -46,6 +47,7 @@ class Trainer:
         self.root = Path(self.config.run.dir) / "checkpoints"
         self.step = 0
         self.skipped = SkippedSteps(trainee)
+        self.alarms = Alarms(self.config)
 
     def restore(self) -> Path | None:
         """Continues from the newest checkpoint that proves whole; returns its path, or None where there is none.
@@ -76,6 +78,7 @@ class Trainer:
         """
         steps, device = self.config.train.steps, self.held_out.rows.device
         check_weights(self.trainee, self.step, now=True)
+        self.alarms.remember(self.recorder.rows)
         while True:
             if self._is_due(self.config.evaluate.every_steps) or self.step in (0, steps):
                 self.evaluate()
@@ -127,6 +130,9 @@ class Trainer:
         told = self.skipped.see(self.step, figures)
         if told is not None:
             self.recorder.event("skipped", **told)
+        elif self.recorder.writes:
+            for alarm in self.alarms.see(self.step, figures.loss, figures.demand):
+                self.recorder.event("alarm", **alarm)
 
     def _try_to_save(self) -> None:
         """A save between others: training goes on without it, and says so."""
