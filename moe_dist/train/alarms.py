@@ -6,8 +6,8 @@ records them, and cost no collective.
   and at least 1 % of the median. A median and its deviation do not follow a few wild values; a loss that falls is no
   alarm. It is told once, until the loss is back below that limit.
 - **Expert load**: over the last `watch.load_window_steps` steps together, an expert had less than a hundredth of an
-  even share, or a layer's MaxVio was above half of what it can be, when all tokens choose the same experts. It is told
-  when it begins, or concerns other experts, and when it is over (MaxVio below 0.4 of what it can be).
+  even share, or a layer's MaxVio was above 0.75 of what it can be, when all tokens choose the same experts. It is told
+  when it begins, or concerns other experts, and when it is over (MaxVio below 0.6 of what it can be).
 
 Shape letters: L layers of experts, E experts.
 """
@@ -31,7 +31,7 @@ _LEAST_STEPS = 20  # before which there is no telling what is usual
 _TO_DEVIATION = 1.4826  # of the median absolute deviation of a normal distribution
 _LEAST_SPREAD = 0.01  # of the median
 _DEAD_SHARE = 0.01  # of an even share
-_COLLAPSED, _RECOVERED = 0.5, 0.4  # of the greatest MaxVio there can be
+_COLLAPSED, _RECOVERED = 0.75, 0.6  # of the greatest MaxVio there can be
 
 Alarm = Mapping[str, Any]
 

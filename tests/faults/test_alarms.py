@@ -88,7 +88,7 @@ def toy(moe: dict[str, Any], steps: int, **sections: Any) -> Config:
 
 def test_thousand_real_steps_give_no_alarm_and_a_batch_of_noise_gives_one():
     with one_rank():
-        config = toy({"num_experts": 4}, 1010, model={"num_layers": 1})
+        config = toy({}, 1010, model={"num_layers": 1})
         trainee = parallel_trainee(config, 1)
         trainee = replace(trainee, optimizer=build_adamw(trainee.model, config.optimizer))
         told, figures = train_for(trainee, 1008, noise_at=1004)
