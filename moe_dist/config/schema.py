@@ -284,12 +284,10 @@ class TrainConfig(Section):
     )
     checks: Literal["off", "light", "full"] = key(
         "light",
-        "Invariants that stop a run where they do not hold: none; those of counts and gradients at every step; or also "
-        "that copies of a tensor are identical and experts are not, now and then.",
+        "Invariants that stop a run where they do not hold: none; those of counts and gradients at every step, and now "
+        "and then that copies of a tensor are identical and experts are not; or the latter also at both ends of a run.",
     )
-    checks_every_steps: int = key(
-        100, "With checks=full, weights are compared every so many steps, and at both ends of a run.", "steps", ge=1
-    )
+    checks_every_steps: int = key(100, "Copies of weights are compared every so many steps.", "steps", ge=1)
     threads_per_rank: int | None = key(
         None, "CPU threads of a rank; null shares the machine's cores evenly.", "threads", ge=1
     )
