@@ -88,6 +88,8 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     if summary.get("steps") is not None:
         time = f" in {duration(summary['seconds'])}" if summary.get("seconds") is not None else ""
         facts.append(("steps", f"{summary['steps']}{time}"))
+    if summary.get("effective_time"):
+        facts.append(("effective", _effective(summary["effective_time"])))
     if summary.get("skipped_steps"):
         facts.append(("skipped", _skipped(summary["skipped_steps"])))
     if summary.get("tokens_per_second") is not None:
@@ -106,6 +108,16 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     if summary.get("run_dir"):
         facts.append(("run", str(summary["run_dir"])))
     return facts
+
+
+def _effective(time: Mapping[str, Any]) -> str:
+    """The share of the time that went into new steps, and the largest other parts of it."""
+    others = sorted(((s, name) for name, s in time["seconds"].items() if name != "steps"), reverse=True)
+    shown = ", ".join(f"{name.replace('_', ' ')} {duration(s)}" for s, name in others[:4] if s >= 0.5)
+    again = f", {time['recomputed_steps']} steps made again" if time["recomputed_steps"] else ""
+    attempts = f" and {time['attempts']} attempts" if time["attempts"] > 1 else ""
+    rest = f"; {shown}" if shown else ""
+    return f"{time['share']:.1%} of {duration(time['wall_seconds'])}{attempts} in new steps{again}{rest}"
 
 
 def _skipped(steps: Sequence[int]) -> str:

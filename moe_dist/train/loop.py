@@ -81,14 +81,15 @@ class Trainer:
         self.alarms.remember(self.recorder.rows)
         while True:
             if self._is_due(self.config.evaluate.every_steps) or self.step in (0, steps):
-                self.evaluate()
+                self._timed("evaluation", self.evaluate)
             if self.step >= steps:
                 return "finished"
             started = time.perf_counter()
             rows = next(self.batches).to(device)
+            waited = time.perf_counter() - started
             figures = train_step(self.trainee, rows, self.step, stop_asked())
             self.step += 1
-            self.recorder.step(self.step, figures, time.perf_counter() - started)
+            self.recorder.step(self.step, figures, time.perf_counter() - started, waited)
             self._watch(figures)
             ends = figures.stop or self.step == steps
             check_weights(self.trainee, self.step, now=ends)
@@ -96,9 +97,9 @@ class Trainer:
             if saves:
                 check_finite(self.trainee, self.step)
             if ends:
-                self.save()
+                self._timed("save", self.save)
             elif saves:
-                self._try_to_save()
+                self._timed("save", self._try_to_save)
             if figures.stop and self.step < steps:
                 return "interrupted"
 
@@ -120,6 +121,14 @@ class Trainer:
         """Scores the held-out rows and records the result."""
         result = evaluate(self.trainee, self.held_out)
         self.recorder.evaluation(self.step, result.loss, result.bits_per_byte)
+
+    def _timed(self, what: str, work: Callable[[], object]) -> None:
+        """Does something that is no step, and records how long it took, however it ends."""
+        started = time.perf_counter()
+        try:
+            work()
+        finally:
+            self.recorder.spent(what, time.perf_counter() - started)
 
     def _watch(self, figures: StepFigures) -> None:
         """Tells what was out of the ordinary in the step that has just ended.

@@ -53,7 +53,7 @@ _SCHEMA = pa.schema(
     + [(name, pa.float64()) for name in ("balance_exact", "balance_distance", "group_balance")]
     + [("dead_experts", pa.list_(pa.int64())), ("bytes_sent", pa.int64())]
     + [(name, pa.list_(pa.float64())) for name in ("entropy", "rank_load")]
-    + [("skipped", pa.bool_())]
+    + [("skipped", pa.bool_()), ("data_seconds", pa.float64())]
 )
 
 
@@ -95,28 +95,26 @@ class Recorder:
         self.recent.extend(_read_rows(self.run_dir / "metrics", from_step=first_step - RECENT_STEPS + 1))
         self.evaluations = _read_evaluations(self.run_dir / PROGRESS_FILE, first_step)
         self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step + 1)
-        self.event("start", time=time.time(), first_step=first_step, steps=steps, ranks=len(workers), workers=workers)
+        self.event("start", first_step=first_step, steps=steps, ranks=len(workers), workers=workers)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Appends one line to the progress file; a full disk must not stop what is only shown."""
-        if not self.writes:
-            return
-        line = json.dumps(finite({"event": kind, **fields}), allow_nan=False) + "\n"
-        try:
-            with (self.run_dir / PROGRESS_FILE).open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            print(f"{self.run_dir / PROGRESS_FILE}: {error}: {line}", file=sys.stderr)
+        """Appends one line to the progress file."""
+        if self.writes:
+            append_event(self.run_dir, kind, **fields)
 
     def message(self, text: str) -> None:
         """A line for the person who watches."""
         self.event("message", text=text)
 
-    def step(self, step: int, figures: StepFigures, seconds: float) -> None:
-        """Records update number `step` (from 1)."""
+    def spent(self, what: str, seconds: float) -> None:
+        """Records what took time besides steps (`account.py`)."""
+        self.event("spent", what=what, seconds=seconds)
+
+    def step(self, step: int, figures: StepFigures, seconds: float, data_seconds: float = 0.0) -> None:
+        """Records step number `step` (from 1), some of whose seconds went into waiting for rows."""
         if not self.writes:
             return
-        row = step_row(step, figures, seconds)
+        row = step_row(step, figures, seconds) | {"data_seconds": data_seconds}
         row["mfu"] = row["tokens_per_second"] * self.flops_per_token / self.peak_flops
         small = {name: value for name, value in row.items() if name not in _LOADS}
         self.rows.append(small)
@@ -148,6 +146,18 @@ class Recorder:
         self.flush()
         if self._board is not None:
             self._board.close()
+
+
+def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
+    """Appends a line with its time to the progress file of a run; a full disk must not stop what is only shown."""
+    event = finite({"event": kind, "time": time.time(), **fields})
+    line = json.dumps(event, allow_nan=False) + "\n"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / PROGRESS_FILE).open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        print(f"{run_dir / PROGRESS_FILE}: {error}: {line}", file=sys.stderr)
 
 
 def step_row(step: int, figures: StepFigures, seconds: float) -> dict[str, Any]:

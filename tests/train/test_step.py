@@ -145,7 +145,7 @@ def runs_of_two(rank: int, folder: str) -> dict[str, Any]:
 
 def equal_runs(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Bit for bit: every figure but times, and every weight."""
-    untimed = ("seconds", "tokens_per_second", "mfu")
+    untimed = ("seconds", "data_seconds", "tokens_per_second", "mfu")
     rows = [[{k: v for k, v in row.items() if k not in untimed} for row in run["rows"]] for run in (first, second)]
     return rows[0] == rows[1] and all(torch.equal(first["weights"][n], w) for n, w in second["weights"].items())
 
