@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from moe_dist.config import Config
 from moe_dist.config.explain import resolved
 from moe_dist.config.load import read_tree, write_yaml
 from moe_dist.errors import ConfigError
+from moe_dist.train import PROGRESS_FILE
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -34,6 +37,7 @@ _MAY_CHANGE = (
     "train.checks",
     "data.prefetch_batches",
     "train.checks_every_steps",
+    "watch",
 )
 
 
@@ -85,6 +89,12 @@ def resolve_paths(config: Config) -> Config:
     if train.routing_replay is not None:
         train = train.model_copy(update={"routing_replay": os.path.abspath(train.routing_replay)})
     return config.model_copy(update={"run": run, "data": config.data.model_copy(update=data), "train": train})
+
+
+def tell_attempt(run_dir: Path) -> None:
+    """Notes that ranks are about to be started; a launcher need not import the trainer for that."""
+    with contextlib.suppress(OSError), (run_dir / PROGRESS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": "attempt", "time": time.time()}) + "\n")
 
 
 def _is_local(source: str) -> bool:

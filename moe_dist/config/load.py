@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from moe_dist.config.nearest import nearest_value
 from moe_dist.config.rules import broken_rules, check_rules
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
@@ -227,6 +228,9 @@ def _explain(details: ErrorDetails) -> ConfigError:
     if details["type"] == "model_type":
         rule = "is a section: its keys stand below it"
     fix = f"`moe-dist config explain {key}` tells type, unit and default"
+    nearest = nearest_value(Config, details)
+    if nearest is not None:
+        fix = f"{path}={write_yaml(nearest, one_line=True)}; {fix}"
     if isinstance(given, str) and given.lower() == "none":
         fix = f"{path}=null if you mean none"
     return ConfigError(path, f"{given!r} ({type(given).__name__})", rule, fix)

@@ -1,7 +1,7 @@
 """The config tree: every key with its type, unit, default and meaning. Frozen and strict; it holds no behaviour.
 
-What sections are made of is in `section.py`, the sections about data are in `data_schema.py`, rules that join several
-keys in `rules.py`; reading files and overrides is in `load.py`.
+What sections are made of is in `section.py`; those about data are in `data_schema.py`, what a run watches of itself
+in `watch_schema.py`. Rules that join several keys are in `rules.py`; reading files and overrides is in `load.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pydantic import field_validator
 
 from moe_dist.config.data_schema import DataConfig
 from moe_dist.config.section import Section, key, section
+from moe_dist.config.watch_schema import WatchConfig
 
 
 class RunConfig(Section):
@@ -202,12 +203,10 @@ class TrainConfig(Section):
     )
     checks: Literal["off", "light", "full"] = key(
         "light",
-        "Invariants that stop a run where they do not hold: none; those of counts and gradients at every step; or also "
-        "that copies of a tensor are identical and experts are not, now and then.",
+        "Invariants that stop a run where they do not hold: none; those of counts and gradients at every step, and now "
+        "and then that copies of a tensor are identical and experts are not; or the latter also at both ends of a run.",
     )
-    checks_every_steps: int = key(
-        100, "With checks=full, weights are compared every so many steps, and at both ends of a run.", "steps", ge=1
-    )
+    checks_every_steps: int = key(100, "Copies of weights are compared every so many steps.", "steps", ge=1)
     threads_per_rank: int | None = key(
         None, "CPU threads of a rank; null shares the machine's cores evenly.", "threads", ge=1
     )
@@ -285,4 +284,5 @@ class Config(Section):
     evaluate: EvaluateConfig = section(EvaluateConfig, "Held-out evaluation.")
     generate: GenerateConfig = section(GenerateConfig, "Samples of text.")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
+    watch: WatchConfig = section(WatchConfig, "What a run watches of itself, and when it stops or warns.")
     launch: LaunchConfig = section(LaunchConfig, "Processes.")
