@@ -1,12 +1,11 @@
-"""A `Survey` as bytes and back: JSON without anything that runs, compressed.
+"""A `Survey` as bytes and back, compressed: a line of JSON without anything that runs, then the fields that are bytes.
 
-A field that JSON holds as it is needs no line here. Any other has its two functions in `_FORMS`; a test fails where a
-field does not come back equal.
+A field that JSON holds as it is needs no line here. Any other has its two functions in `_FORMS`, or is one of `_BLOBS`,
+which may be large and are copied as they are; a test fails where a field does not come back equal.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 from collections import Counter
@@ -18,24 +17,33 @@ import zstandard
 from data_pipeline.survey import Sampled, Survey
 from data_pipeline.tally import Tally
 
-SURVEY_FORM = 2  # raised when the bytes of one program mean something else to the next
+SURVEY_FORM = 3  # raised when the bytes of one program mean something else to the next
 
+_BLOBS = ("prints", "signatures", "leaked")
 _AsIs = Callable[[Any], Any]
 
 
 def survey_to_bytes(survey: Survey) -> bytes:
     """The bytes of a survey; equal surveys give equal bytes."""
     tree = {field.name: getattr(survey, field.name) for field in dataclasses.fields(survey)}
+    blobs = [tree.pop(name) for name in _BLOBS]
     for name, (to_json, _) in _FORMS.items():
         tree[name] = to_json(tree[name])
-    return zstandard.ZstdCompressor(level=1).compress(json.dumps(tree).encode("ascii"))
+    header = json.dumps([list(map(len, blobs)), tree]).encode("ascii") + b"\n"
+    stream = zstandard.ZstdCompressor(level=1).compressobj(size=len(header) + sum(map(len, blobs)))
+    return b"".join([*(stream.compress(part) for part in (header, *blobs)), stream.flush()])
 
 
 def survey_from_bytes(contents: bytes) -> Survey:
     """The survey of bytes that `survey_to_bytes` gave; their hash is known to be right."""
-    tree = json.loads(zstandard.ZstdDecompressor().decompress(contents))
+    whole = zstandard.ZstdDecompressor().decompress(contents)
+    start = whole.index(b"\n") + 1
+    sizes, tree = json.loads(whole[:start])
     for name, (_, from_json) in _FORMS.items():
         tree[name] = from_json(tree[name])
+    for name, size in zip(_BLOBS, sizes, strict=True):
+        tree[name] = bytearray(memoryview(whole)[start : start + size])
+        start += size
     return Survey(**tree)
 
 
@@ -63,22 +71,11 @@ def _pairs(rows: list[list[Any]]) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in rows]
 
 
-def _bytes_to_json(value: bytes | bytearray) -> str:
-    return base64.b64encode(value).decode("ascii")
-
-
-def _bytes_from_json(text: str) -> bytearray:
-    return bytearray(base64.b64decode(text))
-
-
 _FORMS: dict[str, tuple[_AsIs, _AsIs]] = {
     "damaged": (sorted, set),
     "skipped": (list, _pairs),
     "sample": (_sample_to_json, _sample_from_json),
     "tally": (_tally_to_json, _tally_from_json),
-    "prints": (_bytes_to_json, _bytes_from_json),
-    "signatures": (_bytes_to_json, _bytes_from_json),
-    "leaked": (_bytes_to_json, _bytes_from_json),
     "leaked_by": (dict, Counter),
     "leaks": (list, _pairs),
     "sources": (list, _pairs),
