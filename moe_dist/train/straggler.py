@@ -1,8 +1,9 @@
 """A rank that is much slower than the others in its own work, waits for others left out (`parallel/waits.py`).
 
-The rule is to hold on a machine whose cores others use too: of each rank the median over the last 13 steps; a rank is
-slow when its median is `watch.straggler_ratio` times the median of the others', and 5 ms more; it is told after six
-such steps in a row, and again when it has come below three quarters of that ratio for as long.
+The rule is to hold on a machine whose cores others use too, which makes some steps of any rank long but none short: of
+each rank the lower quartile of the last 13 steps, which is long only if ten of them are; a rank is slow when it is
+`watch.straggler_ratio` times the median of the others', and 10 ms more; it is told after six such steps in a row, and
+again when it has come below three quarters of that ratio for as long.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_WINDOW, _IN_A_ROW = 13, 6
-_LEAST_SECONDS = 0.005
+_WINDOW, _IN_A_ROW, _QUARTER = 13, 6, 3
+_LEAST_SECONDS = 0.01
 _OVER = 0.75  # of the ratio, below which a rank is as the others again
 
 
@@ -38,7 +39,7 @@ class Straggler:
         self._recent.append(own_seconds)
         if len(self._recent) < _WINDOW:
             return
-        usual = [statistics.median(seconds) for seconds in zip(*self._recent, strict=True)]
+        usual = [sorted(seconds)[_QUARTER] for seconds in zip(*self._recent, strict=True)]
         for rank, seconds in enumerate(usual):
             others = statistics.median(usual[:rank] + usual[rank + 1 :])
             limit = self.ratio * (_OVER if rank in self._slow else 1.0)
