@@ -91,7 +91,7 @@ class Trainer:
             waited = time.perf_counter() - started
             with counted_waits() as for_others:
                 figures = train_step(self.trainee, rows, self.step, stop_asked(), own_seconds)
-            own_seconds = time.perf_counter() - started - for_others.seconds
+            own_seconds = max(1e-6, time.perf_counter() - started - for_others.seconds)  # two clocks, of unlike grain
             self.step += 1
             self.recorder.step(self.step, figures, time.perf_counter() - started, waited)
             self._watch(figures)
