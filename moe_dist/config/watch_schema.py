@@ -25,3 +25,6 @@ class WatchConfig(Section):
     load_window_steps: int = key(
         20, "Steps over which the load of experts is judged together; 0 warns of no expert.", "steps", ge=0
     )
+    straggler_ratio: float | None = key(
+        2.0, "A rank whose own work takes so many times that of the others is told; null tells of none.", gt=1
+    )

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from moe_dist.parallel.waits import waiting
+
 BUCKET_BYTES = 25 * 2**20
 
 
@@ -91,7 +93,8 @@ class Buckets:
                     parameter.grad = torch.zeros_like(parameter)
             bucket.start()
         for bucket in self.buckets:
-            bucket.work.wait()
+            with waiting():
+                bucket.work.wait()
             bucket.work = None
         self.started, self.expecting = 0, False
 

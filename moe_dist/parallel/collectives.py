@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dist.parallel.waits import waiting
+
 
 class Voyage:
     """One uneven all-to-all from its start until it is waited for.
@@ -37,7 +39,8 @@ class Voyage:
     def wait(self) -> Tensor:
         """What was received. On NCCL the current stream waits, not the host."""
         assert self._held is not None, "a voyage is started before it is waited for"
-        self._work.wait()
+        with waiting():
+            self._work.wait()
         out_RD, _ = self._held
         self._work = self._held = None
         return out_RD
@@ -125,20 +128,23 @@ def exchange_counts(counts: Tensor, sizes: list[int], group: dist.ProcessGroup) 
     """
     here = sizes[dist.get_rank(group)]
     received = counts.new_empty(len(sizes) * here)
-    dist.all_to_all_single(received, counts.contiguous(), [here] * len(sizes), sizes, group=group)
+    with waiting():
+        dist.all_to_all_single(received, counts.contiguous(), [here] * len(sizes), sizes, group=group)
     return received.view(len(sizes), here)
 
 
 def sum_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over a group, in place and returned; not differentiable."""
-    dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
+    with waiting():
+        dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
     return value
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """A small plain value of every rank of the group, in order of rank, on every rank."""
     values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    with waiting():
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -146,5 +152,6 @@ def from_first(value: Any, group: dist.ProcessGroup) -> Any:
     """The value that the first rank of the group gave, on every rank."""
     held = [value]
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
-    dist.broadcast_object_list(held, group_src=0, group=group, device=device)
+    with waiting():
+        dist.broadcast_object_list(held, group_src=0, group=group, device=device)
     return held[0]

@@ -30,6 +30,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel.collectives import arrived_rows, start_rows
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.waits import waiting
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class SharedTokens:
         kind = held.dtype
         held = held.byte() if kind == torch.bool else held
         parts = [torch.empty_like(held) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, held.detach().contiguous(), group=self.group)
+        with waiting():
+            dist.all_gather(parts, held.detach().contiguous(), group=self.group)
         return torch.cat(parts).to(kind)
 
 
@@ -100,11 +102,13 @@ class SharedVocabulary:
         return gather_tokens(x_1tD.flatten(0, 1), self.group)
 
     def largest(self, value_C: Tensor) -> Tensor:
-        dist.all_reduce(value_C, op=dist.ReduceOp.MAX, group=self.group)
+        with waiting():
+            dist.all_reduce(value_C, op=dist.ReduceOp.MAX, group=self.group)
         return value_C
 
     def total(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value, group=self.group)
+        with waiting():
+            dist.all_reduce(value, group=self.group)
         return value
 
 
@@ -171,5 +175,6 @@ def gather_cut(piece: GlobalTensor, held: Tensor, mesh: Mesh) -> Tensor:
         return held
     group = mesh.tensor if piece.index is None else mesh.expert_tensor
     parts = [torch.empty_like(held) for _ in range(piece.cut.parts)]
-    dist.all_gather(parts, held.contiguous(), group=group)
+    with waiting():
+        dist.all_gather(parts, held.contiguous(), group=group)
     return piece.cut.join(parts)

@@ -8,6 +8,7 @@ records them, and cost no collective.
 - **Expert load**: over the last `watch.load_window_steps` steps together, an expert had less than a hundredth of an
   even share, or a layer's MaxVio was above 0.75 of what it can be, when all tokens choose the same experts. It is told
   when it begins, or concerns other experts, and when it is over (MaxVio below 0.6 of what it can be).
+- **Straggler**: `straggler.py`.
 
 Shape letters: L layers of experts, E experts.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.moe.balance import max_violation
+from moe_dist.train.straggler import Straggler
 
 _LEAST_STEPS = 20  # before which there is no telling what is usual
 _TO_DEVIATION = 1.4826  # of the median absolute deviation of a normal distribution
@@ -130,6 +132,7 @@ class Alarms:
         window = 0 if model.moe.router == "hash" else watch.load_window_steps  # nothing can move a hash
         layers = range(model.num_dense_layers, model.num_layers)
         self.load = ExpertLoad(window, model.moe.top_k, layers)
+        self.straggler = Straggler(watch.straggler_ratio)
 
     def remember(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes the losses of the steps before a run goes on; nothing is told of them again."""
@@ -137,7 +140,8 @@ class Alarms:
             if row["loss"] is not None:
                 list(self.spike.see(row["step"], row["loss"]))
 
-    def see(self, step: int, loss: float, demand_LE: Tensor) -> Iterator[Alarm]:
+    def see(self, step: int, loss: float, demand_LE: Tensor, own_seconds: Sequence[float] = ()) -> Iterator[Alarm]:
         """What a step (from 1) gives cause for."""
+        yield from self.straggler.see(step, own_seconds)
         yield from self.spike.see(step, loss)
         yield from self.load.see(step, demand_LE)

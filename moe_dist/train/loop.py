@@ -17,6 +17,7 @@ from moe_dist.checkpoint.load import load_training_state, restore_newest
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.checkpoint.save import Saved, Saver
 from moe_dist.errors import CheckpointError
+from moe_dist.parallel.waits import counted_waits
 from moe_dist.train.alarms import Alarms
 from moe_dist.train.checks import check_weights
 from moe_dist.train.evaluate import HeldOut, evaluate
@@ -88,6 +89,7 @@ class Trainer:
         steps, device = self.config.train.steps, self.held_out.rows.device
         check_weights(self.trainee, self.step, now=True)
         self.alarms.remember(self.recorder.rows)
+        own_seconds = 0.0
         while True:
             if self._is_due(self.config.evaluate.every_steps) or self.step in (0, steps):
                 self._timed("evaluation", self.evaluate)
@@ -96,7 +98,9 @@ class Trainer:
             started = time.perf_counter()
             rows = next(self.batches).to(device)
             waited = time.perf_counter() - started
-            figures = train_step(self.trainee, rows, self.step, stop_asked())
+            with counted_waits() as for_others:
+                figures = train_step(self.trainee, rows, self.step, stop_asked(), own_seconds)
+            own_seconds = max(1e-6, time.perf_counter() - started - for_others.seconds)  # two clocks, of unlike grain
             self.step += 1
             self.recorder.step(self.step, figures, time.perf_counter() - started, waited)
             self._watch(figures)
@@ -152,7 +156,7 @@ class Trainer:
         if told is not None:
             self.recorder.event("skipped", **told)
         elif self.recorder.writes:
-            for alarm in self.alarms.see(self.step, figures.loss, figures.demand):
+            for alarm in self.alarms.see(self.step, figures.loss, figures.demand, figures.own_seconds):
                 self.recorder.event("alarm", **alarm)
 
     def _try_to_save(self) -> None:

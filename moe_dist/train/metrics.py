@@ -97,7 +97,7 @@ class Recorder:
         self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step + 1)
         self.event("start", first_step=first_step, steps=steps, ranks=len(workers), workers=workers)
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         """Appends one line to the progress file."""
         if self.writes:
             append_event(self.run_dir, kind, **fields)
@@ -148,7 +148,7 @@ class Recorder:
             self._board.close()
 
 
-def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
+def append_event(run_dir: Path, kind: str, /, **fields: Any) -> None:
     """Appends a line with its time to the progress file of a run; a full disk must not stop what is only shown."""
     event = finite({"event": kind, "time": time.time(), **fields})
     line = json.dumps(event, allow_nan=False) + "\n"

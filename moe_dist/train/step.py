@@ -68,6 +68,7 @@ class StepFigures:
         entropy: Mean entropy of the router over counted tokens, nats, by layer.
         bytes_sent: Bytes that ranks sent to each other to bring tokens to experts and back, in all forward passes.
         stop: Some rank was asked to stop.
+        own_seconds: What each rank worked for the step before, waits for others left out; 0 where it is not known.
     """
 
     loss: float
@@ -85,6 +86,7 @@ class StepFigures:
     entropy: list[float]
     bytes_sent: int
     stop: bool
+    own_seconds: list[float]
 
     @property
     def skipped(self) -> bool:
@@ -107,7 +109,9 @@ class StepFigures:
         return [max_over_mean(rows_W) for rows_W in self.rank_rows]
 
 
-def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = False) -> StepFigures:
+def train_step(
+    trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = False, own_seconds: float = 0.0
+) -> StepFigures:
     """Makes update number `step` (from 0) from this rank's rows; entered by all ranks.
 
     Where the loss or the gradient of the global batch is not finite, no rank changes anything: neither weights, nor
@@ -118,6 +122,7 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
         rows: Token ids int64 [n, S+1], below 0 for padding; n may differ between ranks and may be 0.
         step: Updates made before this one.
         stop_asked: Whether this rank was asked to stop; told to all in the figures.
+        own_seconds: What this rank worked for the step before; told to all in the figures.
 
     Raises:
         TrainingFault: An invariant does not hold (`checks.py`); on every rank alike, before any weight changes. Of a
@@ -130,7 +135,7 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     place, counted = _place_in_batch(rows, trainee.mesh, step)
     ledger = trainee.ledger
     replay = ledger.open_step(rows, place) if ledger else None
-    tally, witness = _Tally(trainee, stop_asked), Witness(trainee)
+    tally, witness = _Tally(trainee, stop_asked, own_seconds), Witness(trainee)
     passes = list(_passes(rows, trainee, Draw(config.seed, step, place.first_row)))
     demand, followed = _decided_before(trainee, passes, replay)
     for number, ((micro_batch, draw), follow) in enumerate(zip(passes, followed, strict=True), start=1):
@@ -229,7 +234,7 @@ class _Tally:
         total: The same over all ranks, once `figures` has asked them.
     """
 
-    def __init__(self, trainee: Trainee, stop_asked: bool) -> None:
+    def __init__(self, trainee: Trainee, stop_asked: bool, own_seconds: float) -> None:
         self.mesh = trainee.mesh
         self.moe = trainee.config.model.moe
         self.device = trainee.model.embedding.weight.device
@@ -241,6 +246,8 @@ class _Tally:
             name: torch.zeros(shape, dtype=torch.float64, device=self.device) for name, shape in shapes.items()
         }
         self.sums["stop"] += stop_asked
+        self.sums["own_seconds"] = torch.zeros(self.mesh.layout.ranks, dtype=torch.float64, device=self.device)
+        self.sums["own_seconds"][self.mesh.rank] += own_seconds
         self.total: dict[str, Tensor] = {}
 
     def add(self, sums: LossSums) -> None:
@@ -275,6 +282,7 @@ class _Tally:
             entropy=(total["entropy"] / counted).tolist(),
             bytes_sent=int(total["bytes_sent"]),
             stop=bool(total["stop"] > 0),
+            own_seconds=total["own_seconds"].tolist(),
         )
 
     def _over_all_ranks(self) -> dict[str, Tensor]:
