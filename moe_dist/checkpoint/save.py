@@ -7,6 +7,7 @@ tensor is there once, and publishes. The folder must be visible to all ranks, as
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -203,7 +204,7 @@ class Draft:
                     told = json.loads(file.read_bytes())
                     found[rank] = Outcome(told["value"], told["problem"] and tuple(told["problem"]))
                     file.unlink()
-            now = sum(entry.stat().st_size for entry in self.folder.iterdir())
+            now = _bytes_in(self.folder)
             if now != size:
                 size, since = now, time.monotonic()
             if time.monotonic() - since > idle_seconds():
@@ -243,6 +244,15 @@ def _written(draft: Draft, copy: HostCopy) -> dict[str, Any]:
         fix = "make room or lift the limit; the checkpoints before are intact"
         rule = f"this rank's part needs {copy.num_bytes:,} bytes"
         raise CheckpointError(f"rank {draft.rank}: {draft.part}", found, rule, fix) from None
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files; a report that is just being given its name counts for nothing."""
+    size = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
 
 
 def _width(model: Transformer) -> int:
