@@ -33,8 +33,11 @@ class Header:
 
 
 def plan_header(tensors: dict[str, tuple[torch.Size, torch.dtype]], save: str, step: int) -> Header:
-    """Lays tensors out one after the other, wide types first, so that each begins at a multiple of its width."""
-    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+    """Lays tensors out one after the other, wide types first, so that each begins at a multiple of its width.
+
+    Those of one width stay in their order: in which they are copied, and in which a rank of the same layout reads them.
+    """
+    order = sorted(tensors, key=lambda name: -tensors[name][1].itemsize)
     tree: dict[str, Any] = {"__metadata__": {"save": save, "step": str(step)}}
     places: dict[str, dict[str, Any]] = {}
     end = 0

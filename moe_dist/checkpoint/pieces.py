@@ -119,10 +119,14 @@ def _shared_out(
 
 
 def prepare_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Gives every parameter whose state is here zero moments and its number of updates, ready to be filled."""
+    """Gives every parameter whose state is here moments, those that it has or new ones, and its number of updates.
+
+    What the moments hold is for the caller to say.
+    """
     for holder in state_holders(optimizer):
         for group in holder.param_groups:
             for parameter in group["params"]:
                 step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
-                moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-                holder.state[parameter] = {"step": step, **moments}
+                before = holder.state.get(parameter, {})
+                new = {moment: torch.empty_like(parameter) for moment in MOMENTS if moment not in before}
+                holder.state[parameter] = {**before, **new, "step": step}

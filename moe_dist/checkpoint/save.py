@@ -7,6 +7,7 @@ tensor is there once, and publishes. The folder must be visible to all ranks, as
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -68,6 +69,7 @@ class Saver:
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
+        self._decided = threading.Event()
         self._heard = True
         self._needed: dict[str, torch.Size] = {}
         self.step = 0
@@ -91,20 +93,21 @@ class Saver:
         shapes = pieces.owned_shapes(model, optimizer, self.mesh)
         pinned = next(model.parameters()).device.type != "cpu"
         self._copy.begin(shapes, save, saved.step, pinned)
-        self._copy.fill(pieces.owned_tensors(model, optimizer, self.mesh))
         draft = Draft(Path(folder), save, self.mesh.layout.ranks, self.mesh.rank)
         self._outcome, self._heard, self.step = None, False, saved.step
+        self._decided.clear()
         self._thread = threading.Thread(target=self._write, args=(draft, saved), name="checkpoint", daemon=True)
         self._thread.start()
+        self._copy.fill(pieces.owned_tensors(model, optimizer, self.mesh))
 
     def finish(self) -> Path:
-        """Waits for the save that was started and gives its path; entered by all ranks.
+        """Waits until what was started is published, and gives its path; entered by all ranks.
 
         Raises:
             CheckpointError: On every rank alike, if any rank could not write or a tensor is missing or written twice.
                 What was written is removed, and the checkpoints before stay as they are.
         """
-        self.wait()
+        self._decided.wait()
         self._heard = True
         return Path(from_first(self._outcome, self.mesh.world).unwrap())
 
@@ -116,12 +119,10 @@ class Saver:
         return self._outcome
 
     def wait(self) -> None:
-        """Waits until this rank's part is written and, on rank 0, published."""
+        """Waits until this rank's part is written and, on rank 0, it is published and older ones are pruned."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if not self.settings.asynchronous:
-            self._copy = HostCopy()
 
     def leave(self) -> None:
         """Lets a save that is under way end, but does not wait long for ranks that are gone; not a collective."""
@@ -133,10 +134,18 @@ class Saver:
         written = attempt(lambda: _written(draft, self._copy), self.mesh.rank)
         if self.mesh.rank > 0:
             draft.report(written)
+            self._decided.set()
             return
-        self._outcome = attempt(lambda: self._publish(draft, saved, written), 0)
-        if self._outcome.problem is not None:
+        outcome = attempt(lambda: self._publish(draft, saved, written), 0)
+        if outcome.problem is not None:
             shutil.rmtree(draft.folder, ignore_errors=True)
+        self._outcome = outcome
+        self._decided.set()
+        if outcome.problem is None:  # only the next save waits for this; what a kill leaves of it is swept
+            attempt(lambda: self._prune(Path(outcome.value)), 0)
+
+    def _prune(self, published: Path) -> None:
+        store.prune(self.root, published, self.settings.keep, self.settings.keep_every_steps)
 
     def _publish(self, draft: Draft, saved: Saved, written: Outcome) -> str:
         outcomes = draft.gather(written, lambda: self.idle_seconds)
@@ -144,9 +153,7 @@ class Saver:
         _check_coverage(parts, set(self._needed), draft.folder)
         stored = {"step": saved.step, "config": saved.config, "data": saved.data, "state": saved.state}
         told = {"format": FORMAT, "save": draft.save, "layout": str(self.mesh.layout), "parts": parts, **stored}
-        path = store.commit(draft.folder, checked(told, str(draft.folder)))
-        store.prune(self.root, path, self.settings.keep, self.settings.keep_every_steps)
-        return str(path)
+        return str(store.commit(draft.folder, checked(told, str(draft.folder))))
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,7 @@ class Draft:
                     told = json.loads(file.read_bytes())
                     found[rank] = Outcome(told["value"], told["problem"] and tuple(told["problem"]))
                     file.unlink()
-            now = sum(entry.stat().st_size for entry in self.folder.iterdir())
+            now = _bytes_in(self.folder)
             if now != size:
                 size, since = now, time.monotonic()
             if time.monotonic() - since > idle_seconds():
@@ -222,7 +229,9 @@ def save_checkpoint(
     """
     saver = Saver(root, mesh, CheckpointConfig(keep=keep, asynchronous=False))
     saver.start(model, optimizer, saved)
-    return saver.finish()
+    path = saver.finish()
+    saver.wait()
+    return path
 
 
 def _written(draft: Draft, copy: HostCopy) -> dict[str, Any]:
@@ -235,6 +244,15 @@ def _written(draft: Draft, copy: HostCopy) -> dict[str, Any]:
         fix = "make room or lift the limit; the checkpoints before are intact"
         rule = f"this rank's part needs {copy.num_bytes:,} bytes"
         raise CheckpointError(f"rank {draft.rank}: {draft.part}", found, rule, fix) from None
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files; a report that is just being given its name counts for nothing."""
+    size = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
 
 
 def _width(model: Transformer) -> int:

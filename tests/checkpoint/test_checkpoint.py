@@ -213,6 +213,15 @@ def test_pruning_keeps_the_newest(root):
     assert [p.name for p in store.committed(root)] == ["step-00000010", "step-00000009"]
 
 
+def test_pruning_keeps_those_of_every_so_many_steps(root):
+    (path,) = store.committed(root)
+    for step in (8, 10, 15, 20, 25):
+        shutil.copytree(path, root / f"step-{step:08d}")
+    gone = store.prune(root, root / "step-00000025", keep=1, keep_every=10)
+    assert {store.step_of(p) for p in store.committed(root)} == {25, 20, 10}
+    assert {store.step_of(p) for p in gone} == {15, 8, 7}
+
+
 def test_pruning_never_removes_what_was_just_published(root):
     (path,) = store.committed(root)
     for step in (8, 50, 100):  # 50 and 100 were damaged and passed over; the run has just published 8 again

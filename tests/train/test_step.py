@@ -107,6 +107,7 @@ def run_trainer(
     recorder.open(first, 6, [])
     asked = iter(range(1000))
     status = trainer.run(lambda: rank == 0 and next(asked) >= stop_after - 1)
+    trainer.close()
     recorder.close()
     weights = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
     return {
