@@ -9,8 +9,6 @@ that all of them see; only the input may be an object store.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import pickle
@@ -20,44 +18,49 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipeline.account import account_of
 from data_pipeline.clean import Cleaner
+from data_pipeline.contamination import Decontaminator, Evaluation, list_evaluation, open_decontaminator
 from data_pipeline.dedup import PRINT_BYTES
 from data_pipeline.encode import Encoder
+from data_pipeline.examples import Pair
+from data_pipeline.fingerprint import fingerprint, gives_account, made_from, sources_of
 from data_pipeline.holdout import holdout_cut
+from data_pipeline.leave_out import leave_out
 from data_pipeline.lengths import write_lengths
-from data_pipeline.listing import Listing, list_input
+from data_pipeline.listing import Listing, list_data
 from data_pipeline.manifest import (
     CLEANED_VERSION,
     FORMAT_VERSION,
     LENGTHS_VERSION,
     MANIFEST_NAME,
+    SOURCES_VERSION,
     SPLITS,
     TOKENIZER_NAME,
     Manifest,
     read_manifest,
 )
+from data_pipeline.minhash import Signer
 from data_pipeline.once import Done, EncodeOnce, Progress, SurveyOnce
-from data_pipeline.rank_files import ENCODINGS
 from data_pipeline.survey import (
     Sampled,
     Survey,
     Surveyor,
     WorkItem,
-    mark_repeated,
     merge,
     plan_items,
-    take_out_repeated,
     training_texts,
     trim,
 )
 from data_pipeline.threads import in_threads
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file, train_tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data_pipeline.work import WorkFolder, sweep, work_folder
 from moe_dist.config import Config
-from moe_dist.config.schema import DataConfig
+from moe_dist.config.data_schema import DataConfig
 from moe_dist.errors import DataError
 
 T = TypeVar("T")
+_Surveyed = tuple[Survey, list[WorkItem], list[Pair] | None]  # the whole input, the second pass's items, examples
 _ITEMS_AT_ONCE = 2  # that are encoded in this process: while one is read or closed, the other keeps the cores busy
 _MAX_TASKS = 1000  # Ray tasks of one pass; more items than that share tasks
 
@@ -76,14 +79,29 @@ def build(config: Config, use_ray: bool, progress: Callable[[Progress], None] | 
     Raises:
         DataError: The input, the tokenizer or the disk does not allow it, or a split fills no row.
     """
-    listing = list_input(config.data.input, config.data.suffixes)
-    created_from = _created_from(config)
-    name = fingerprint(listing, created_from)
-    folder = Path(config.data.dir) / name
+    listing, evaluation = list_data(config.data), list_evaluation(config.data)
+    created_from = made_from(config, evaluation)
+    folder = Path(config.data.dir) / fingerprint(listing, created_from)
     if not (folder / MANIFEST_NAME).is_file():
         work, given = work_folder(folder), _given_tokenizer(config)
-        _build_or_find(_Build(config, listing, use_ray, progress or _silent, work, given), folder, created_from)
+        run = _Build(config, listing, use_ray, progress or _silent, work, given, evaluation)
+        _build_or_find(run, folder, created_from)
     check_rows(read_manifest(folder), config.data.sequence_length_tokens)
+    return folder
+
+
+def find_build(config: Config) -> Path:
+    """The folder of a configuration's build, which is there already.
+
+    Raises:
+        DataError: It is not there, or the input cannot be listed.
+    """
+    listing = list_data(config.data)
+    name = fingerprint(listing, made_from(config, list_evaluation(config.data)))
+    folder = Path(config.data.dir) / name
+    if not (folder / MANIFEST_NAME).is_file():
+        rule = "the input and the keys of this configuration were built"
+        raise DataError(str(folder), "no such build", rule, "moe-dist data build with the same configuration")
     return folder
 
 
@@ -100,13 +118,6 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         fix = "remove the folder of this build and build again"
         raise DataError(str(folder / TOKENIZER_NAME), found, "the tokenizer is as the manifest says", fix)
     return tokenizer
-
-
-def fingerprint(listing: Listing, created_from: dict[str, Any]) -> str:
-    """Name of a build: hash of the format, the files' identities, and the configuration that matters."""
-    files = [file.identity for file in listing.files]
-    tree = {"version": FORMAT_VERSION, "files": files, "config": created_from}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode("utf-8")).hexdigest()[:20]
 
 
 def check_rows(manifest: Manifest, sequence_length: int) -> None:
@@ -131,28 +142,6 @@ def check_rows(manifest: Manifest, sequence_length: int) -> None:
     )
 
 
-def _created_from(config: Config) -> dict[str, Any]:
-    """The configuration that decides the bytes of a build. Cleaning that is off leaves no trace: names stay."""
-    data = config.data
-    given, kind = None, data.tokenizer.kind
-    if data.tokenizer.path is not None:
-        given = hashlib.sha256(read_tokenizer_file(data.tokenizer.path)).hexdigest()
-    return {
-        "data.suffixes": list(data.suffixes),
-        "data.text_field": data.text_field,
-        "data.unreadable": data.unreadable,
-        "data.holdout_fraction": data.holdout_fraction,
-        "data.shard_bytes": data.shard_bytes,
-        "data.tokenizer.sha256": given,
-        "data.tokenizer.train_bytes": data.tokenizer.train_bytes if given is None else None,
-        "model.vocab_size": config.model.vocab_size,
-        **({"data.tokenizer.kind": kind} if kind in ENCODINGS else {}),
-        **Cleaner(data.clean).created_from,
-        **({"data.dedup.exact": True} if data.dedup.exact else {}),
-        **({"data.packing": data.packing} if data.packing != "concatenate" else {}),
-    }
-
-
 def _given_tokenizer(config: Config) -> Tokenizer | None:
     """The tokenizer that the configuration names, proven usable before any work is spent."""
     asked = config.data.tokenizer
@@ -169,25 +158,43 @@ class _Build:
     progress: Callable[[Progress], None]
     work: WorkFolder
     given: Tokenizer | None  # looked at before any work is spent
+    evaluation: Evaluation | None
     stop: threading.Event = field(default_factory=threading.Event)  # set when the plain path gives up
 
-    def survey(self, items: list[WorkItem]) -> tuple[Survey, list[WorkItem]]:
-        """First pass; finds what is unreadable before any work is spent. Returns the items of the second pass too."""
-        wanted = 0 if self.given else self.data.tokenizer.train_bytes
-        total_bytes, finds = self.listing.size_bytes, self.data.dedup.exact
-        surveyor = Surveyor(self.data.text_field, self._skips, wanted, total_bytes, self.cleaner, finds)
+    def decontaminator(self) -> Decontaminator | None:
+        """What finds evaluation text, where it is looked for."""
+        if self.evaluation is None:
+            return None
+        step = Progress("read evaluation text", 0, self.evaluation.size_bytes)
+        self.progress(step)
+        found = open_decontaminator(self.evaluation, self.work)
+        self.progress(replace(step, done=step.total))
+        return found
+
+    def survey(self, items: list[WorkItem], decontaminator: Decontaminator | None) -> _Surveyed:
+        """First pass; finds what is unreadable before any work is spent, and what the second pass leaves out."""
+        data, signer = self.data, self.signer
+        wanted = 0 if self.given else data.tokenizer.train_bytes
+        finds = data.dedup.exact or signer is not None or decontaminator is not None
+        looks = (self.cleaner, finds, signer, decontaminator)
+        surveyor = Surveyor(data.text_field, self._skips, wanted, self.listing.size_bytes, *looks)
         parts: dict[int, Survey] = {}
         sample: list[Sampled] = []
         for index, part in self.run("read text", SurveyOnce(surveyor, self.work), items):
             sample = trim(sample + part.sample, 2 * wanted)
             part.sample = []
             parts[index] = part
-        found = merge(parts[index] for index in sorted(parts))
+        numbers = [len(parts[index].prints) // PRINT_BYTES for index in sorted(parts)]
+        found, pairs = merge(parts[index] for index in sorted(parts)), list[Pair]()
         found.sample = sample
+        parts.clear()  # their prints and signatures are in the whole survey
         if finds:
-            numbers = [len(parts[index].prints) // PRINT_BYTES for index in sorted(parts)]
-            items = mark_repeated(items, numbers, take_out_repeated(found))
-        return found, [replace(i, files=tuple(f for f in i.files if f.id not in found.damaged)) for i in items]
+            step = Progress("find duplicates", 0, self.listing.size_bytes)
+            self.progress(step)
+            items, pairs = leave_out(found, items, numbers, data.dedup)
+            self.progress(replace(step, done=step.total))
+        items = [replace(i, files=tuple(f for f in i.files if f.id not in found.damaged)) for i in items]
+        return found, items, pairs if signer is not None else None
 
     def tokenizer(self, found: Survey, cut: int) -> Tokenizer:
         """The given tokenizer, or one trained on the sample's training documents."""
@@ -210,7 +217,7 @@ class _Build:
         data, work = self.data, self.work
         settings = (data.text_field, self._skips, cut, data.shard_bytes, self.config.model.vocab_size)
         is_stopped = None if self.use_ray else self.stop.is_set
-        encoder = Encoder(work.build, *settings, self.cleaner, work.scratch, is_stopped)
+        encoder = Encoder(work.build, *settings, self.cleaner, work.scratch, is_stopped, gives_account(data))
         return EncodeOnce(encoder, work, tokenizer.sha256)
 
     def run(
@@ -240,6 +247,11 @@ class _Build:
     @property
     def cleaner(self) -> Cleaner:
         return Cleaner(self.data.clean)
+
+    @property
+    def signer(self) -> Signer | None:
+        """What leaves signatures, where near-duplicates are looked for."""
+        return None if self.data.dedup.near.similarity is None else Signer(self.data.dedup.near)
 
     @property
     def _skips(self) -> bool:
@@ -277,19 +289,21 @@ def _build_beside(run: _Build, folder: Path, created_from: dict[str, Any]) -> No
 
 def _write(run: _Build, name: str, created_from: dict[str, Any]) -> None:
     """Writes a whole build into the working folder, the manifest last."""
-    found, items = run.survey(plan_items(run.listing.files, run.data.shard_bytes))
+    decontaminator = run.decontaminator()
+    found, items, pairs = run.survey(plan_items(run.listing.files, run.data.shard_bytes), decontaminator)
     _check_documents(run, found)
     cut = holdout_cut(run.data.holdout_fraction, found.lowest_hash)
     tokenizer = run.tokenizer(found, cut)
     run.work.put(TOKENIZER_NAME, tokenizer.file_bytes)
     found.sample.clear()
-    rows = dict(run.run("write shards", run.encode(tokenizer, cut), items, _ITEMS_AT_ONCE))
-    splits = {split: tuple(shard for index in sorted(rows) for shard in rows[index][split]) for split in SPLITS}
-    cleaned, packed = run.cleaner.is_on or run.data.dedup.exact, run.data.packing == "best_fit"
+    results = dict(run.run("write shards", run.encode(tokenizer, cut), items, _ITEMS_AT_ONCE))
+    written = [results[index] for index in sorted(results)]
+    splits = {split: tuple(shard for part in written for shard in part.shards[split]) for split in SPLITS}
+    cleaned, packed = gives_account(run.data), run.data.packing == "best_fit"
     manifest = Manifest(
-        version=LENGTHS_VERSION if packed else CLEANED_VERSION if cleaned else FORMAT_VERSION,
+        version=_version(run.data, cleaned, packed),
         fingerprint=name,
-        created_from={"data.input": run.data.input, **created_from},
+        created_from={**({} if run.data.sources else {"data.input": run.data.input}), **created_from},
         tokenizer_sha256=tokenizer.sha256,
         tokenizer_size=tokenizer.size,
         end_of_text=tokenizer.end_of_text,
@@ -297,10 +311,18 @@ def _write(run: _Build, name: str, created_from: dict[str, Any]) -> None:
         empty_documents=found.empty,
         skipped=tuple(found.skipped),
         ignored_endings=run.listing.ignored_endings,
-        cleaning=found.tally.tree() if cleaned else None,
+        cleaning=account_of(found, written, pairs, decontaminator) if cleaned else None,
         lengths=write_lengths(run.work.build, splits, tokenizer.end_of_text, run.work.scratch) if packed else None,
+        sources=sources_of(run.data, ("input", "license")),
     )
     run.work.finish(manifest)
+
+
+def _version(data: DataConfig, cleaned: bool, packed: bool) -> int:
+    """The earliest version of the format that has what the build needs."""
+    if data.sources:
+        return SOURCES_VERSION
+    return LENGTHS_VERSION if packed else CLEANED_VERSION if cleaned else FORMAT_VERSION
 
 
 def _check_documents(run: _Build, found: Survey) -> None:
@@ -308,9 +330,9 @@ def _check_documents(run: _Build, found: Survey) -> None:
         return
     removed = sum(found.tally.removed.values())
     more = f", {found.empty} empty ones and {len(found.skipped)} unreadable ones"
-    more += f"; {removed} were removed by data.clean or data.dedup" if removed else ""
+    more += f"; {removed} were removed by data.clean, data.dedup or data.decontaminate" if removed else ""
     raise DataError(
-        f"data.input={run.data.input}",
+        f"data.input={run.data.input}" if not run.data.sources else "data.sources",
         f"{found.documents} documents with text{more}",
         "there are at least two documents, one to train on and one to hold out",
         "more files or records (a plain file above 256 KiB counts as several documents)",

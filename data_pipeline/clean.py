@@ -17,9 +17,9 @@ from data_pipeline.language import language_of
 from data_pipeline.page import Page
 from data_pipeline.personal import mask_emails, mask_ip_addresses
 from data_pipeline.quality import LINE_RULES, PAGE_RULES, LineRule, PageRule
-from moe_dist.config.schema import CleanConfig
+from moe_dist.config.data_schema import CleanConfig
 
-_RULES_VERSION = 1  # of what the steps do: raised with every change of it, so that other text is another build
+_RULES_VERSION = 2  # of what the steps do: raised with every change of it, so that other text is another build
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.build import open_tokenizer
-from data_pipeline.manifest import SPLITS, Manifest
+from data_pipeline.manifest import SPLITS, Manifest, Shard
 from data_pipeline.shards import TokenSplit
 from data_pipeline.verification import open_manifest
 
@@ -25,7 +25,8 @@ def describe_build(folder: Path, samples: int) -> dict[str, Any]:
         samples: Documents to show of each split, at even distances.
 
     Returns:
-        `build_dir`, `fingerprint`, `created_from`, `tokenizer`, `splits`, `empty_documents`, `skipped` (each with
+        `build_dir`, `fingerprint`, `created_from`, `tokenizer`, `splits`, `sources` (by name, with `input`, `license`
+        and figures of the training split; empty without named sources), `empty_documents`, `skipped` (each with
         `where` and `reason`), `ignored_endings`, `cleaning` (None without it) and `samples` (each with `split`,
         `position` and `text`).
 
@@ -43,7 +44,8 @@ def describe_build(folder: Path, samples: int) -> dict[str, Any]:
             "size": manifest.tokenizer_size,
             "end_of_text": manifest.end_of_text,
         },
-        "splits": {split: _figures(manifest, split) for split in SPLITS},
+        "splits": {split: _figures(manifest.splits[split]) for split in SPLITS},
+        "sources": _sources(manifest),
         "empty_documents": manifest.empty_documents,
         "skipped": [{"where": where, "reason": reason} for where, reason in manifest.skipped],
         "ignored_endings": manifest.ignored_endings,
@@ -52,9 +54,16 @@ def describe_build(folder: Path, samples: int) -> dict[str, Any]:
     }
 
 
-def _figures(manifest: Manifest, split: str) -> dict[str, Any]:
-    shards = manifest.splits[split]
-    tokens = manifest.num_tokens(split)
+def _sources(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    training = manifest.splits["train"]
+    return {
+        name: {**said, **_figures([shard for shard in training if shard.source == name])}
+        for name, said in (manifest.sources or {}).items()
+    }
+
+
+def _figures(shards: Sequence[Shard]) -> dict[str, Any]:
+    tokens = sum(shard.tokens for shard in shards)
     text_bytes = sum(shard.text_bytes for shard in shards)
     return {
         "shards": len(shards),

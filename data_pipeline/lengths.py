@@ -99,7 +99,7 @@ class LengthFile:
             raise self._damaged(f"sha256 {found}, not {manifest.lengths.get(split)}")
 
     def of_shard(self, number: int) -> NDArray[np.int64]:
-        """Lengths of the documents of a shard.
+        """Lengths of the documents of a shard, by its place among all of the split.
 
         Raises:
             DataError: They do not make up the shard.

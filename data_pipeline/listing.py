@@ -12,12 +12,13 @@ import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
 from data_pipeline.storage import StoredObject, is_url, list_objects, object_versions, open_object, split_url
+from moe_dist.config.data_schema import DataConfig
 from moe_dist.errors import DataError
 
 PYTHON_LIBRARY = "python-library"
@@ -43,6 +44,8 @@ class InputFile:
         mtime_ns: Time of its last change when it was listed, in nanoseconds.
         store: Object store it lies in, as `storage.split_url` gives it; empty on this machine.
         version: What told its contents apart when it was listed (an ETag); empty where nothing does.
+        source: Name of the source it belongs to; empty where the input has no named sources.
+        text_field: Field of its records that holds their text; empty takes that of all.
     """
 
     id: str
@@ -52,6 +55,8 @@ class InputFile:
     mtime_ns: int
     store: str = ""
     version: str = ""
+    source: str = ""
+    text_field: str = ""
 
     @property
     def identity(self) -> list[Any]:
@@ -69,6 +74,31 @@ class Listing:
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
+
+
+def list_data(data: DataConfig) -> Listing:
+    """Lists the input of a build: that of each named source in turn, or `data.input`.
+
+    Ids of a source's files begin with its name.
+
+    Raises:
+        DataError: An input does not exist, or holds no file that is read.
+        StorageError: An object store does not list it.
+    """
+    if not data.sources:
+        return list_input(data.input, data.suffixes)
+    files: list[InputFile] = []
+    ignored: Counter[str] = Counter()
+    for name, source in data.sources.items():
+        try:
+            found = list_input(source.input, data.suffixes)
+        except DataError as error:
+            where = error.where.replace("data.input", f"data.sources.{name}.input")
+            raise type(error)(where, error.value, error.rule, error.fix) from None
+        field_name = source.text_field or ""
+        files += [replace(f, id=f"{name}/{f.id}", source=name, text_field=field_name) for f in found.files]
+        ignored.update(found.ignored_endings)
+    return Listing(tuple(files), dict(ignored))
 
 
 def list_input(source: str, suffixes: tuple[str, ...]) -> Listing:
@@ -110,7 +140,7 @@ def kind_of(name: str, suffixes: tuple[str, ...]) -> str | None:
 
 def is_unchanged(file: InputFile) -> bool:
     """Whether a file has the size and time that it was listed with; reading an object proves that by itself."""
-    return bool(file.store) or _stat_file(file.id, Path(file.path), file.kind) == file
+    return bool(file.store) or _stat_file(file.id, Path(file.path), file.kind).identity == file.identity
 
 
 def _list_library() -> Listing:

@@ -17,6 +17,7 @@ TOKENIZER_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
 CLEANED_VERSION = 2  # of a build whose text was cleaned: its manifest has `cleaning`
 LENGTHS_VERSION = 3  # of a build with the lengths of its documents, cleaned or not: its manifest has `lengths`
+SOURCES_VERSION = 4  # of a build of named sources, of whichever kind: its manifest has `sources`, and so its shards
 SPLITS = ("train", "heldout")
 
 
@@ -32,6 +33,7 @@ class Shard:
         file_bytes: Size of the file.
         sha256: Hash of the file.
         tokens_sha256: Hash of the tokens as little-endian int32; the same however the file is compressed.
+        source: Name of the source that its text is from; empty in a build without sources.
     """
 
     file: str
@@ -41,6 +43,7 @@ class Shard:
     file_bytes: int
     sha256: str
     tokens_sha256: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Manifest:
         ignored_endings: Files of the input folder that were not read, by ending.
         cleaning: What cleaning and de-duplication changed and removed, as `Tally.tree` gives it; None without them.
         lengths: Hash of the lengths of the documents of each split (`lengths.py`); None where they are not there.
+        sources: Of each named source, in the order of the text, where it lies and under which licence; None without.
     """
 
     version: int
@@ -74,6 +78,7 @@ class Manifest:
     ignored_endings: dict[str, int]
     cleaning: dict[str, Any] | None = None
     lengths: dict[str, str] | None = None
+    sources: dict[str, dict[str, Any]] | None = None
 
     def num_tokens(self, split: str) -> int:
         """Tokens of a split."""
@@ -83,10 +88,14 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, with a hash of itself, under a temporary name and renames it."""
     tree = dataclasses.asdict(manifest)
-    if manifest.version == FORMAT_VERSION:
+    if manifest.version < CLEANED_VERSION:
         del tree["cleaning"]
-    if manifest.version != LENGTHS_VERSION:
+    if manifest.version < LENGTHS_VERSION:
         del tree["lengths"]
+    if manifest.version < SOURCES_VERSION:
+        del tree["sources"]
+        for shard in (shard for shards in tree["splits"].values() for shard in shards):
+            del shard["source"]
     tree["manifest_sha256"] = _self_hash(tree)
     temporary = folder / f".{MANIFEST_NAME}.{os.getpid()}"
     with open(temporary, "w", encoding="utf-8") as file:
@@ -110,17 +119,23 @@ def read_manifest(folder: Path) -> Manifest:
         stored = tree.pop("manifest_sha256")
         version = tree["version"]
     except FileNotFoundError:
-        raise DataError(str(folder), "no manifest.json", "a build has a manifest", "build the data again") from None
+        raise DataError(str(folder), "no manifest.json", "a build has a manifest", _nearest_build(folder)) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(str(path), error, "the manifest is whole", fix) from None
-    if version not in (FORMAT_VERSION, CLEANED_VERSION, LENGTHS_VERSION):
-        rule = f"this program reads versions {FORMAT_VERSION} to {LENGTHS_VERSION}"
+    if version not in range(FORMAT_VERSION, SOURCES_VERSION + 1):
+        rule = f"this program reads versions {FORMAT_VERSION} to {SOURCES_VERSION}"
         raise DataError(str(path), f"version {version}", rule, fix)
     if stored != _self_hash(tree):
         raise DataError(str(path), "contents do not match manifest_sha256", "the manifest is unchanged", fix)
     tree["splits"] = {name: tuple(Shard(**row) for row in rows) for name, rows in tree["splits"].items()}
     tree["skipped"] = tuple((id_, reason) for id_, reason in tree["skipped"])
     return Manifest(**tree)
+
+
+def _nearest_build(folder: Path) -> str:
+    """What to do where there is no build: `data.dir` may have been named in place of what is in it."""
+    inside = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST_NAME}"))
+    return f"name a build: {', '.join(map(str, inside[:8]))}" if inside else "build the data again"
 
 
 def fsync_folder(folder: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from data_pipeline.encode import Encoder
+from data_pipeline.encode import Encoder, Written
 from data_pipeline.listing import is_unchanged
 from data_pipeline.manifest import Shard
 from data_pipeline.shards import file_sha256
@@ -16,8 +17,8 @@ from data_pipeline.survey_form import SURVEY_FORM, survey_from_bytes, survey_to_
 from data_pipeline.work import WorkFolder
 from moe_dist.errors import DataError
 
-Shards = dict[str, list[Shard]]
 T = TypeVar("T")
+_WRITTEN_FORM = 2  # raised when a record of what was written means something else to the next program
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Progress:
     """How far a stage of a build is.
 
     Attributes:
-        stage: `read text`, `train tokenizer` or `write shards`.
+        stage: `read evaluation text`, `read text`, `find duplicates`, `train tokenizer` or `write shards`.
         done: Bytes of input done.
         total: Bytes in all.
         found: Bytes of `done` that an earlier run had done.
@@ -97,24 +98,24 @@ class EncodeOnce:
     work: WorkFolder
     tokenizer_sha256: str
 
-    def __call__(self, item: WorkItem) -> Done[Shards]:
+    def __call__(self, item: WorkItem) -> Done[Written]:
         """Writes the item's shards, or finds them written.
 
         Raises:
             DataError: What `Encoder` raises, or the input changes.
             OSError: A shard cannot be written.
         """
-        name, basis = f"shards-{item.index:06d}", basis_of(item, self.tokenizer_sha256, self.encoder.cut)
+        name = f"shards-{item.index:06d}"
+        basis = basis_of(item, _WRITTEN_FORM, self.tokenizer_sha256, self.encoder.cut)
         kept = self.work.kept(name, basis)
         if kept is not None:
-            shards = {split: [Shard(**row) for row in rows] for split, rows in json.loads(kept).items()}
-            if all(self._is_whole(shard) for rows in shards.values() for shard in rows):
-                return Done(shards, True)
-        shards = self.encoder(item)
+            written = written_from_bytes(kept)
+            if all(map(self._is_whole, _shards_of(written))):
+                return Done(written, True)
+        written = self.encoder(item)
         check_unchanged(item)
-        rows = {split: [dataclasses.asdict(shard) for shard in found] for split, found in shards.items()}
-        self.work.keep(name, json.dumps(rows).encode("ascii"), basis)
-        return Done(shards, False, sum(shard.tokens for found in shards.values() for shard in found))
+        self.work.keep(name, written_to_bytes(written), basis)
+        return Done(written, False, sum(shard.tokens for shard in _shards_of(written)))
 
     def _is_whole(self, shard: Shard) -> bool:
         """A power cut may tear what a killed process had written; reading it again is cheap beside making it."""
@@ -124,11 +125,33 @@ class EncodeOnce:
             return False
 
 
+def written_to_bytes(written: Written) -> bytes:
+    """The bytes of what was written; equal ones give equal bytes."""
+    tree = {
+        "shards": {name: [dataclasses.asdict(shard) for shard in rows] for name, rows in written.shards.items()},
+        "content": sorted([*key, figure] for key, figure in written.content.items()),
+        "notes": written.notes,
+    }
+    return json.dumps(tree).encode("ascii")
+
+
+def written_from_bytes(contents: bytes) -> Written:
+    """What `written_to_bytes` was given; the hash of the bytes is known to be right."""
+    tree = json.loads(contents)
+    shards = {split: [Shard(**row) for row in rows] for split, rows in tree["shards"].items()}
+    content = Counter({(source, language, measure): n for source, language, measure, n in tree["content"]})
+    return Written(shards, content, [(number, id_, text) for number, id_, text in tree["notes"]])
+
+
+def _shards_of(written: Written) -> list[Shard]:
+    return [shard for rows in written.shards.values() for shard in rows]
+
+
 def basis_of(item: WorkItem, *others: Any) -> bytes:
     """What the result of the work on an item depends on, beside what gives the working folder its name."""
     files = [file.identity for file in item.files]
     repeated = b"" if item.repeated is None else b"repeated" + item.repeated.tobytes()
-    return json.dumps([item.index, files, others]).encode("ascii") + repeated
+    return json.dumps([item.index, files, item.first, item.noted, others]).encode("ascii") + repeated
 
 
 def check_unchanged(item: WorkItem) -> None:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.lengths import LengthFile
 from data_pipeline.manifest import read_manifest
+from data_pipeline.order import BLOCK_TOKENS
 from data_pipeline.shards import CACHE_BYTES, TokenSplit
 from moe_dist.config import Config
 
@@ -213,10 +214,12 @@ class PackedSplit:
         return self._plans[key]
 
     def _make_plan(self, number: int, sequence_length: int) -> RowPlan:
-        return plan_rows(self._lengths.of_shard(number), sequence_length)
+        return plan_rows(self._lengths.of_shard(self.split.places[number]), sequence_length)
 
 
-def open_rows(config: Config, folder: Path, name: str, cache_bytes: int = CACHE_BYTES) -> TokenSplit | PackedSplit:
+def open_rows(
+    config: Config, folder: Path, name: str, cache_bytes: int = CACHE_BYTES, source: str | None = None
+) -> TokenSplit | PackedSplit:
     """The rows of a split as the config packs them.
 
     Args:
@@ -224,12 +227,28 @@ def open_rows(config: Config, folder: Path, name: str, cache_bytes: int = CACHE_
         folder: The build.
         name: `train` or `heldout`.
         cache_bytes: Decoded tokens are kept up to this size.
+        source: Only the text of this source; None takes all.
 
     Raises:
         DataError: The build has no usable manifest, or a file of it is missing or damaged.
     """
-    split = TokenSplit(folder, name, cache_bytes)
+    split = TokenSplit(folder, name, cache_bytes, source)
     return PackedSplit(split) if config.data.packing == "best_fit" else split
+
+
+def open_sources(config: Config, folder: Path) -> dict[str, TokenSplit | PackedSplit]:
+    """The training rows of each source of a build, which no row crosses; of a build without sources, of all its text.
+
+    The decoded tokens of a window of the order and a little more are kept: what is read again is read from memory.
+
+    Raises:
+        DataError: The build has no usable manifest, or a file of it is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    id_bytes = 2 if manifest.tokenizer_size <= 2**16 else 4
+    # Blocks do not begin where batches of a shard do: a window touches at most half as many again.
+    cache_bytes = id_bytes * (3 * config.data.shuffle_window_tokens // 2 + 2 * BLOCK_TOKENS)
+    return {name: open_rows(config, folder, "train", cache_bytes, name) for name in manifest.sources or ("",)}
 
 
 def separating_token(config: Config, folder: Path) -> int | None:

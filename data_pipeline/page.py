@@ -54,6 +54,11 @@ class Page:
         return {name: sum(map(len, run.findall(self.text))) for name, run in runs.items()}
 
     @cached_property
+    def latin_words(self) -> int:
+        """Runs of Latin letters."""
+        return len(_LATIN_RUN.findall(self.text))
+
+    @cached_property
     def script(self) -> Script:
         """The script of most letters; a text without letters, such as a table of numbers, counts as Latin.
 

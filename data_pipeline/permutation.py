@@ -30,19 +30,23 @@ class Shuffle:
     """
 
     def __init__(self, *words: int | str) -> None:
-        self._keys = _round_keys(repr(words), b"shuffle")
+        self._keys = _round_keys(repr(words))
 
     def place(self, value: int, size: int, *tweak: int) -> int:
         """Where `value` of [0, size) goes. The plain form, which `places` must equal."""
         if size == 1:
             return 0
-        return _walk(value, size, _tweaked(self._keys, tweak), least_bits=_LEAST_HALF_BITS)
+        half_bits, keys = _half_bits(size), _tweaked(self._keys, tweak)
+        value = _permute(value, half_bits, keys)
+        while value >= size:
+            value = _permute(value, half_bits, keys)
+        return value
 
     def places(self, values: NDArray[np.int64], size: int, *tweak: int) -> NDArray[np.int64]:
         """Where each of `values` goes: [N]."""
         if size == 1:
             return np.zeros_like(values)
-        half_bits, keys = _half_bits(size, _LEAST_HALF_BITS), _tweaked(self._keys, tweak)
+        half_bits, keys = _half_bits(size), _tweaked(self._keys, tweak)
         found = _permute_many(values.astype(np.uint64), half_bits, keys)
         outside = np.flatnonzero(found >= size)
         while len(outside):
@@ -51,33 +55,13 @@ class Shuffle:
         return found.astype(np.int64)
 
 
-def row_order(seed: int, num_rows: int, sample: int) -> int:
-    """The row that is sample number `sample` of a run in the first version of the order, which shuffles all rows.
-
-    Args:
-        seed: Seed of the order.
-        num_rows: Rows of the split, at least 1.
-        sample: Position in the endless order, from 0; every epoch of `num_rows` samples has each row once.
-    """
-    epoch, value = divmod(sample, num_rows)
-    return _walk(value, num_rows, _round_keys(f"{seed}:{epoch}", b"row order"), least_bits=1)
-
-
-def _walk(value: int, size: int, keys: Sequence[int], least_bits: int) -> int:
-    half_bits = _half_bits(size, least_bits)
-    value = _permute(value, half_bits, keys)
-    while value >= size:
-        value = _permute(value, half_bits, keys)
-    return value
-
-
-def _half_bits(size: int, least: int) -> int:
+def _half_bits(size: int) -> int:
     """Bits of each half of the network."""
-    return max(least, ((size - 1).bit_length() + 1) // 2)
+    return max(_LEAST_HALF_BITS, ((size - 1).bit_length() + 1) // 2)
 
 
-def _round_keys(text: str, purpose: bytes) -> list[int]:
-    digest = blake2b(text.encode(), digest_size=8 * _ROUNDS, person=purpose).digest()
+def _round_keys(text: str) -> list[int]:
+    digest = blake2b(text.encode(), digest_size=8 * _ROUNDS, person=b"shuffle").digest()
     return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
 
 

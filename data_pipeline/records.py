@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.conversations import DIALOGUE_FIELDS, text_of_turns
 from data_pipeline.streams import MAX_RECORD_BYTES
 from moe_dist.errors import DataError
 
 _SKIP = "data.unreadable=skip"
-_DIALOGUES = ("conversations", "messages", "chosen", "rejected")  # fields of MiniMind's and others' files to tune on
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def parse_value(id_: str, value: bytes | None, text_field: str) -> Document | Da
 def missing_field(where: str, text_field: str, names: Iterable[object]) -> DataError:
     """The error for records without the text field."""
     fields = [str(name) for name in names]
-    dialogue = next((name for name in _DIALOGUES if name in fields), None)
+    dialogue = next((name for name in DIALOGUE_FIELDS if name in fields), None)
     if dialogue is not None:
         return not_plain_text(where, dialogue)
     near = difflib.get_close_matches(text_field, fields, n=1, cutoff=0.5) or fields[:1]
@@ -95,13 +95,14 @@ def not_plain_text(where: str, field: str) -> DataError:
         where,
         f"{field}: turns of a dialogue",
         "pretraining reads plain text; dialogues are for instruction tuning, which knows who speaks",
-        f"keep this file for instruction tuning; pretrain on a file whose records have a text, or {_SKIP}",
+        f"keep this file for instruction tuning; of a .jsonl, data.text_field={field} takes the turns as one text; "
+        f"or {_SKIP}",
     )
 
 
 def is_dialogue(field: str) -> bool:
     """Whether a field of this name that is no string holds the turns of a dialogue."""
-    return field in _DIALOGUES
+    return field in DIALOGUE_FIELDS
 
 
 def _text_of(id_: str, record: Any, text_field: str) -> str:
@@ -115,7 +116,7 @@ def _text_of(id_: str, record: Any, text_field: str) -> str:
     text = record[text_field]
     if not isinstance(text, str):
         if is_dialogue(text_field) and isinstance(text, list):
-            raise not_plain_text(id_, text_field)
+            return text_of_turns(id_, text_field, text, _SKIP)
         found = f"{text_field} is {type(text).__name__}"
         raise DataError(id_, found, "the text field is a string", f"correct it, or {_SKIP}")
     return text

@@ -36,10 +36,11 @@ class ShardWriter:
         path: Where the shard will be.
         vocab_size: Decides the width of an id.
         scratch: Folder of the same disk for the temporary file; by default the shard's own.
+        source: Where its text is from.
     """
 
-    def __init__(self, path: Path, vocab_size: int, scratch: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, vocab_size: int, scratch: Path | None = None, source: str = "") -> None:
+        self.path, self.source = path, source
         self.text_bytes = self.documents = self.tokens = 0
         self._dtype = np.uint16 if vocab_size <= 2**16 else np.int32
         self._schema = pa.schema([pa.field("tokens", pa.from_numpy_dtype(self._dtype), nullable=False)])
@@ -71,8 +72,8 @@ class ShardWriter:
         file_bytes, sha256 = self._temporary.stat().st_size, file_sha256(self._temporary)
         os.replace(self._temporary, self.path)
         fsync_folder(self.path.parent)
-        tokens_sha256 = self._tokens_hash.hexdigest()
-        return Shard(self.path.name, self.tokens, self.documents, self.text_bytes, file_bytes, sha256, tokens_sha256)
+        figures = (self.tokens, self.documents, self.text_bytes, file_bytes, sha256, self._tokens_hash.hexdigest())
+        return Shard(self.path.name, *figures, self.source)
 
     def discard(self) -> None:
         """Removes what was written so far."""
@@ -96,17 +97,24 @@ class TokenSplit:
         folder: The build.
         name: `train` or `heldout`.
         cache_bytes: Decoded batches are kept up to this size.
+        source: Only the text of this source; None takes all.
+
+    Attributes:
+        shards: Those that are read, in the order of the text.
+        places: Where each stands among all shards of the split.
 
     Raises:
         DataError: The build has no usable manifest, or a shard is missing or of another size.
     """
 
-    def __init__(self, folder: Path, name: str, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, folder: Path, name: str, cache_bytes: int = CACHE_BYTES, source: str | None = None) -> None:
         if name not in SPLITS:
             raise DataError("split", name, f"a split is one of {', '.join(SPLITS)}", f"take {SPLITS[0]}")
         self.folder, self.name = Path(folder), name
         self.manifest: Manifest = read_manifest(self.folder)
-        self.shards = self.manifest.splits[name]
+        every = self.manifest.splits[name]
+        self.places = [place for place, shard in enumerate(every) if source in (None, shard.source)]
+        self.shards = [every[place] for place in self.places]
         self._ends = list(accumulate(shard.tokens for shard in self.shards))
         self._verified: set[int] = set()
         self._cache: OrderedDict[tuple[int, int], NDArray[np.integer]] = OrderedDict()

@@ -18,7 +18,7 @@ import zstandard
 from data_pipeline.survey import Sampled, Survey
 from data_pipeline.tally import Tally
 
-SURVEY_FORM = 1  # raised when the bytes of one program mean something else to the next
+SURVEY_FORM = 2  # raised when the bytes of one program mean something else to the next
 
 _AsIs = Callable[[Any], Any]
 
@@ -77,5 +77,9 @@ _FORMS: dict[str, tuple[_AsIs, _AsIs]] = {
     "sample": (_sample_to_json, _sample_from_json),
     "tally": (_tally_to_json, _tally_from_json),
     "prints": (_bytes_to_json, _bytes_from_json),
+    "signatures": (_bytes_to_json, _bytes_from_json),
+    "leaked": (_bytes_to_json, _bytes_from_json),
+    "leaked_by": (dict, Counter),
+    "leaks": (list, _pairs),
     "sources": (list, _pairs),
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _MOST_SOURCES = 1_000
-_OTHER_SOURCES = "(other sources)"
+OTHER_SOURCES = "(other sources)"
 
 
 @dataclass
@@ -37,13 +37,17 @@ class Tally:
         self.changed.update(other.changed)
         self.removed.update(other.removed)
 
+    def named_sources(self) -> frozenset[str]:
+        """The sources that are told apart where counts are stored."""
+        ranked = sorted(self.documents, key=lambda source: (-self.documents[source], source))
+        return frozenset(ranked[:_MOST_SOURCES])
+
     def tree(self) -> dict[str, Any]:
         """The counts as stored: `documents` and `kept` by source, `changed` and `removed` by step and source.
 
         Sources beyond the 1,000 with the most documents are one.
         """
-        ranked = sorted(self.documents, key=lambda source: (-self.documents[source], source))
-        named = frozenset(ranked[:_MOST_SOURCES])
+        named = self.named_sources()
         kept = Counter(self.documents)
         for (_, source), count in self.removed.items():
             kept[source] -= count
@@ -63,7 +67,7 @@ def source_of(file_id: str) -> str:
 def _by_source(counts: Counter[str], named: frozenset[str]) -> dict[str, int]:
     found: Counter[str] = Counter()
     for source, count in counts.items():
-        found[source if source in named else _OTHER_SOURCES] += count
+        found[source if source in named else OTHER_SOURCES] += count
     return dict(sorted(found.items()))
 
 

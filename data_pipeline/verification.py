@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.account import problem_of_account
 from data_pipeline.build import open_tokenizer
 from data_pipeline.lengths import LengthFile, find_lengths
 from data_pipeline.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest, Shard, read_manifest
@@ -118,6 +119,10 @@ def _problem_of(manifest: Manifest) -> str:
         return "lengths is no table"
     if not _are_tables(manifest.created_from, manifest.ignored_endings):
         return "created_from or ignored_endings is no table"
+    if not all(isinstance(text, str) for row in manifest.skipped for text in row):
+        return "skipped has something else than text"
+    if problem := problem_of_account(manifest.cleaning):
+        return problem
     shards = [shard for split in SPLITS for shard in manifest.splits[split]]
     for shard in shards:
         if not isinstance(shard.file, str) or not _SHARD_NAME.fullmatch(shard.file):
@@ -125,7 +130,17 @@ def _problem_of(manifest: Manifest) -> str:
         if not _are_counts(shard.tokens, shard.documents, shard.text_bytes, shard.file_bytes):
             return f"a count of {shard.file} is no whole number"
     repeated = [name for name, count in Counter(shard.file for shard in shards).items() if count > 1]
-    return f"{repeated[0]} is listed twice" if repeated else ""
+    return f"{repeated[0]} is listed twice" if repeated else _problem_of_sources(manifest, shards)
+
+
+def _problem_of_sources(manifest: Manifest, shards: list[Shard]) -> str:
+    sources = {"": {}} if manifest.sources is None else manifest.sources
+    if not isinstance(sources, dict) or not _are_tables(*sources.values()):
+        return "sources is no table of tables"
+    if not all(value is None or isinstance(value, str) for source in sources.values() for value in source.values()):
+        return "a source has something else than text"
+    strange = [shard.file for shard in shards if not isinstance(shard.source, str) or shard.source not in sources]
+    return f"{strange[0]} is of no source of the manifest" if strange else ""
 
 
 def _are_counts(*values: object) -> bool:

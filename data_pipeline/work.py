@@ -2,6 +2,7 @@
 
     .<fingerprint>.work/
       survey-000012    what the first pass found in work item 12
+      evaluation-runs  the runs of words of evaluation text, written at each try before anything else
       tokenizer        the trained tokenizer
       shards-000012    the manifest's rows of the shards of work item 12
       build/           tokenizer.json and the finished shards; becomes the build by one rename
@@ -74,6 +75,11 @@ class WorkFolder:
             return None
         contents = record[_HASH_LINE:]
         return contents if record[:_HASH_LINE] == _hash_line(contents, basis) else None
+
+    def share(self, name: str, contents: bytes) -> Path:
+        """Writes a file for the processes of this try, and says where it is; a later try writes its own."""
+        self._write(self.path / name, contents)
+        return self.path / name
 
     def put(self, name: str, contents: bytes) -> None:
         """Writes a file of the build, to stay after a power cut."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from data_pipeline.once import Progress
 
 
+_AT_ONCE = ("read evaluation text", "find duplicates", "train tokenizer")  # their bytes say nothing of how far they are
+
+
 class BuildProgress:
     """Takes the progress of a build and shows it on a display.
 
@@ -40,7 +43,7 @@ def figures(step: Progress, seconds: float) -> str:
     """
     new = step.done - step.found
     parts = []
-    if seconds > 0 and new and step.stage != "train tokenizer":  # that one is done at once, whatever it reads of it
+    if seconds > 0 and new and step.stage not in _AT_ONCE:
         parts.append(f"{new / seconds / 1e6:.1f} MB/s")
         if step.tokens:
             parts.append(f"{step.tokens / seconds:,.0f} tokens/s")

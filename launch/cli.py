@@ -1,8 +1,7 @@
 """The `moe-dist` command: everything a person runs.
 
 With `--json` the last line of standard output is one JSON object, and everything else goes to standard error. Exit
-codes: 0 done, 1 a bug or a failed check, 2 wrong input, 3 a checkpoint that cannot be used, 4 training failed,
-130 interrupted.
+codes are in `launch/exit_codes.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ import typer
 from launch import data_commands
 from launch.checkpoint_commands import checkpoint_app
 from launch.config_commands import config_app
+from launch.exit_codes import ExitCode
 from launch.failure import RankCrash
 from launch.routing_commands import routing_app
 from launch.run_directory import prepare
 from launch.verify_commands import verify
 from moe_dist.config import Config, load_config
-from moe_dist.errors import ConfigError, Interrupted, MoeDistError
+from moe_dist.errors import ConfigError, MoeDistError
 
 if TYPE_CHECKING:
     from launch.progress import Display
@@ -189,6 +189,7 @@ def data_build(
 
 
 data_app.command("inspect")(data_commands.inspect)
+data_app.command("report")(data_commands.report)
 data_app.command("verify")(data_commands.verify)
 data_app.command("export")(data_commands.export)
 
@@ -289,19 +290,19 @@ def main() -> None:
     """The entry point: runs the command line and turns errors into exit codes."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside training, the same as Ctrl-C
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False) or ExitCode.DONE
     except MoeDistError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
     except RankCrash as error:
         print(error, file=sys.stderr)
-        code = 1
+        code = ExitCode.FAILED
     except (KeyboardInterrupt, typer.Abort):
         print("stopped at once; the same command continues from the newest checkpoint", file=sys.stderr)
-        code = Interrupted.exit_code
+        code = ExitCode.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = ExitCode.FAILED
     except Exception as error:  # noqa: BLE001 - the last resort: a wrong command line, or a bug
         code = _usage_or_bug(error)
     sys.exit(code)
@@ -313,7 +314,7 @@ def _usage_or_bug(error: Exception) -> int:
         show()
         return int(error.exit_code)
     traceback.print_exc()
-    return 1
+    return ExitCode.FAILED
 
 
 def _run(config: Config, again: bool, as_json: bool, run: Callable[[Config, Display], dict[str, Any]]) -> None:
@@ -338,7 +339,7 @@ def _run(config: Config, again: bool, as_json: bool, run: Callable[[Config, Disp
             f"interrupted after step {summary.get('steps')} of {config.train.steps}; the same command continues",
             file=sys.stderr,
         )
-        raise typer.Exit(Interrupted.exit_code)
+        raise typer.Exit(ExitCode.INTERRUPTED)
 
 
 def _check_layout(config: Config, ranks: int) -> None:

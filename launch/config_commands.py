@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launch.exit_codes import ExitCode
 from moe_dist.config.explain import KeyRow, key_rows, resolved, rows_under, section_rows
 from moe_dist.config.load import find_problems, load_config, read_tree, write_yaml
 from moe_dist.errors import ConfigError
@@ -48,7 +49,7 @@ def check(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
     elif not problems:
         typer.echo(f"ok: {config}")
     if problems:
-        raise typer.Exit(ConfigError.exit_code)
+        raise typer.Exit(ExitCode.WRONG_INPUT)
 
 
 @config_app.command()
@@ -110,7 +111,7 @@ def _print_table(rows: list[KeyRow]) -> None:
     table.add_column("meaning", ratio=5)
     for section, keys in itertools.groupby(rows, key=lambda row: row.path.rpartition(".")[0]):
         if section:
-            table.add_row(section, "", "", meanings[section], style="bold")
+            table.add_row(section, "", "", meanings[section.removesuffix(".NAME")], style="bold")
         indent = "  " if section else ""
         for row in keys:
             name = indent + row.path.rpartition(".")[2]

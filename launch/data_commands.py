@@ -1,4 +1,4 @@
-"""`moe-dist data inspect`, `verify` and `export`: what a build holds, whether it is whole, and other formats of it.
+"""`moe-dist data inspect`, `report`, `verify` and `export`: what a build holds, whether it is whole, other formats.
 
 With `--json` the last line of standard output is one JSON object, and everything else goes to standard error.
 """
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from launch.plain_text import printable
+from moe_dist.config import load_config
+from moe_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +45,60 @@ def inspect(
     from rich.console import Console
 
     _print_build(found, Console())
+
+
+def report(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG|FOLDER", help="The YAML file of a build, or its folder.", show_default=False),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.", show_default=False),
+    ] = None,
+    page: Annotated[
+        str | None,
+        typer.Option(
+            "--html", metavar="FILE", help="Write it as one web page too; only an earlier report is replaced."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Documents of each split whose beginning is shown.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a build holds by source and language, what each step left out, and examples of what went and why.
+
+    The page stands alone: it runs nothing and needs no network. Text in it is escaped, whoever wrote it.
+
+    Example: moe-dist data report configs/demo.yaml --html report.html
+    """
+    from rich.console import Console
+
+    from data_pipeline.inspection import describe_build
+    from launch.build_page import write_page
+    from launch.build_parts import parts_of
+    from launch.build_tables import print_parts
+
+    found = describe_build(_build_of(target, overrides or []), samples)
+    size = write_page(found, Path(page)) if page is not None else 0
+    if as_json:
+        typer.echo(json.dumps({**found, "page": page}))
+        return
+    print_parts(parts_of(found), Console())
+    typer.echo(
+        f"{page}: {size:,} bytes" if page is not None else "--html FILE writes this as a web page, with more rows"
+    )
+
+
+def _build_of(target: str, overrides: list[str]) -> Path:
+    """The build that a folder or a config names."""
+    if not Path(target).is_dir():
+        from data_pipeline.build import find_build
+
+        return find_build(load_config(target, overrides))
+    if overrides:
+        rule = "values replace those of a config; a build's folder has none"
+        raise ConfigError(overrides[0].partition("=")[0], overrides[0], rule, "name the config, or leave the value out")
+    return Path(target)
 
 
 def verify(folder: Folder, as_json: AsJson = False) -> None:
@@ -97,30 +155,32 @@ def _print_build(found: Mapping[str, Any], console: Console) -> None:
 
     from launch.cleaning_table import print_cleaning
 
-    console.print(_split_table(found["splits"]))
+    console.print(_split_table("split", found["splits"]))
+    if found["sources"]:
+        console.print(_split_table("train, by source", found["sources"]))
     for name, value in _facts(found):
-        console.print(Text.assemble((f"{name:<16}", "bold"), _printable(value)), soft_wrap=True)
+        console.print(Text.assemble((f"{name:<16}", "bold"), printable(value)), soft_wrap=True)
     for row in found["skipped"][:_SKIPPED_SHOWN]:
-        console.print(Text(_printable(f"  {row['where']}: {row['reason']}")), soft_wrap=True)
+        console.print(Text(printable(f"  {row['where']}: {row['reason']}")), soft_wrap=True)
     if len(found["skipped"]) > _SKIPPED_SHOWN:
         console.print(f"  and {len(found['skipped']) - _SKIPPED_SHOWN} more, which --json lists")
     if found["cleaning"] is not None:
         print_cleaning(found["cleaning"], console)
     for sample in found["samples"]:
         title = f"{sample['split']}, from token {sample['position']:,}"
-        console.print(Panel(Text(_printable(sample["text"])), title=title, title_align="left"))
+        console.print(Panel(Text(printable(sample["text"])), title=title, title_align="left"))
 
 
-def _split_table(splits: Mapping[str, Mapping[str, Any]]) -> Any:
+def _split_table(kind: str, splits: Mapping[str, Mapping[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table()
-    for name in ("split", "shards", "documents", "tokens", "bytes of text", "bytes on disk", "bytes/token"):
-        table.add_column(name, justify="left" if name == "split" else "right")
+    for name in (kind, "shards", "documents", "tokens", "bytes of text", "bytes on disk", "bytes/token"):
+        table.add_column(name, justify="left" if name == kind else "right", overflow="fold")
     for name, row in splits.items():
         keys = ("shards", "documents", "tokens", "text_bytes", "file_bytes")
         ratio = row["bytes_per_token"]
-        table.add_row(name, *(f"{row[key]:,}" for key in keys), "" if ratio is None else f"{ratio:.2f}")
+        table.add_row(printable(name), *(f"{row[key]:,}" for key in keys), "" if ratio is None else f"{ratio:.2f}")
     return table
 
 
@@ -133,13 +193,11 @@ def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("", f"sha256 {tokenizer['sha256']}"),
     ]
     facts += [("made from" if not i else "", f"{k}={v}") for i, (k, v) in enumerate(found["created_from"].items())]
+    for i, (name, source) in enumerate(found["sources"].items()):
+        said = f"{name}: {source['input']}, licence {source['license'] or 'not named'}"
+        facts.append(("sources" if not i else "", said))
     others = ", ".join(f"{ending} ({count})" for ending, count in found["ignored_endings"].items())
     facts.append(("not read", others or "no file of another ending"))
     facts.append(("empty documents", f"{found['empty_documents']:,}"))
     facts.append(("skipped", f"{len(found['skipped']):,} files and records that could not be read"))
     return facts
-
-
-def _printable(text: str) -> str:
-    """The text without what would steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

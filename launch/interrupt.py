@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import threading
@@ -60,3 +62,22 @@ class StopRequest:
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
+
+
+def heed_signals_of_a_rank(run_dir: Path) -> None:
+    """In a rank's own process: a SIGTERM that reaches it alone asks all ranks to stop, a second one ends it at once.
+
+    Ctrl-C at a terminal reaches the whole group, whose launcher decides; ranks let it pass.
+    """
+    received = 0
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received += 1
+        if received > 1:
+            os._exit(128 + signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            (run_dir / STOP_FILE).touch()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, asked)

@@ -104,6 +104,7 @@ def absolute_with_notes(config: Config) -> Config:
     """Resolves the paths of a configuration against the current directory, and says which ones the cluster must see."""
     moved = resolve_paths(config)
     paths = {"run.dir": moved.run.dir, "data.dir": moved.data.dir, "data.input": moved.data.input}
+    paths |= {f"data.sources.{name}.input": source.input for name, source in moved.data.sources.items()}
     for name, path in paths.items():
         if os.path.isabs(path):
             to_stderr(f"note: {name} is {path}; every node of the cluster must see this path")

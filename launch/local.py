@@ -21,7 +21,8 @@ from typing import Any
 
 from launch.environment import cores, rank_environment, variables_set
 from launch.failure import RankError, first_cause
-from launch.interrupt import StopRequest, to_stderr
+from launch.interrupt import StopRequest, heed_signals_of_a_rank, to_stderr
+from launch.run_directory import tell_attempt
 from moe_dist.config import Config
 
 DEFAULT_WORKER = "launch.train:run_worker"
@@ -74,6 +75,7 @@ def run_local(
     with tempfile.TemporaryDirectory(prefix="moe-dist-") as folder, StopRequest(Path(config.run.dir), say) as stop:
         task = _Task(config, build_dir, ranks, f"file://{folder}/rendezvous", worker)
         gang: list[_Rank] = []
+        tell_attempt(Path(config.run.dir))
         try:
             # No GPU is shown to the ranks: several of them cannot share one in NCCL.
             with variables_set(rank_environment(config, cores() / ranks) | {"CUDA_VISIBLE_DEVICES": ""}):
@@ -153,8 +155,7 @@ def _end(gang: list[_Rank]) -> None:
 
 def _rank_main(task: _Task, rank: int, results: Connection) -> None:
     """The life of a rank's process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a terminal sends these to the whole group; the launcher decides
+    heed_signals_of_a_rank(Path(task.config.run.dir))
     threading.Thread(target=_die_with_parent, daemon=True, name="parent watch").start()
     os.dup2(2, 1)  # standard output belongs to the launcher's result
     try:

@@ -19,6 +19,8 @@ from launch.samples import generate_from_run
 from moe_dist.config import Config
 from moe_dist.model.flops import count_parameters
 from moe_dist.moe.balance import max_violation
+from moe_dist.train import PROGRESS_FILE
+from moe_dist.train.account import account, read_events
 from moe_dist.train.loop import Trainer
 from moe_dist.train.metrics import Recorder
 
@@ -54,7 +56,9 @@ def summarize(config: Config, status: str, step: int, recorder: Recorder) -> dic
         "run_dir": config.run.dir,
         "steps": step,
         "losses": [row["loss"] for row in rows],
+        "skipped_steps": [row["step"] for row in rows if row.get("skipped")],
         "seconds": seconds,
+        "effective_time": account(read_events(recorder.run_dir / PROGRESS_FILE)),
         "tokens_per_second": sum(row["tokens"] for row in rows) / seconds if rows else None,
         "mfu": sum(row["mfu"] * row["seconds"] for row in rows) / seconds if rows else None,
         "peak_gflops": recorder.peak_flops / 1e9,
@@ -62,7 +66,7 @@ def summarize(config: Config, status: str, step: int, recorder: Recorder) -> dic
         "heldout": {"before": recorder.evaluations.get(0), "after": recorder.evaluations.get(step)},
         "expert_load": expert_load(config, recent),
         "drop_rate": sum(row["drop_rate"] for row in recent) / max(1, len(recent)),
-        "routing": routing(config, [row for row in recent if row.get("entropy")]),
+        "routing": routing(config, [row for row in recent if row.get("entropy") and not row.get("skipped")]),
         "workers": recorder.workers,
         "checkpoint": str(Path(config.run.dir) / "checkpoints" / f"step-{step:08d}"),
     }

@@ -196,12 +196,19 @@ class Narrator:
             case "cell":
                 self._display.update("cell", event["done"], event["total"], f"{event['different']} different")
             case "evaluate":
-                text = f"step {event['step']}: held-out loss {event['loss']:.4f}"
+                loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
+                text = f"step {event['step']}: held-out loss {loss}"
                 if event.get("bits_per_byte") is not None:
                     text += f", {event['bits_per_byte']:.3f} bits per byte"
                 self._display.message(text)
             case "checkpoint":
                 self._display.message(f"step {event['step']}: checkpoint {event['path']}")
+            case "skipped":
+                where = f"samples {event['first_sample']} to {event['last_sample']}"
+                what = f"loss {event['loss']}, gradient norm {event['grad_norm']}"
+                self._display.message(f"step {event['step']}: passed over, nothing changed: {what}; {where}")
+            case "alarm":
+                self._display.message(f"warning: {event['text']}")
             case "message":
                 self._display.message(str(event["text"]))
 

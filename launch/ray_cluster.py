@@ -24,7 +24,7 @@ from launch.environment import cores, rank_environment
 from launch.failure import RankError, first_cause, read_once, write_once
 from launch.interrupt import StopRequest, to_stderr
 from launch.local import DEFAULT_WORKER, load_worker
-from launch.run_directory import resolve_paths
+from launch.run_directory import resolve_paths, tell_attempt
 from moe_dist.config import Config
 from moe_dist.errors import ConfigError, LayoutError, TrainingFault
 from moe_dist.train import PROGRESS_FILE
@@ -153,6 +153,7 @@ def run_on_ray(
     ):
         fit = threading.Thread(target=outcome.fill, args=(task, cluster), daemon=True, name="ray train")
         say(f"starting {config.launch.workers} ranks")
+        tell_attempt(run_dir)
         fit.start()  # not in the main thread, where Ray Train would take over Ctrl-C
         _wait(fit, stop, config, say)
     named = read_once(task.error_file)

@@ -17,6 +17,7 @@ from launch.progress import duration
 
 _SAMPLES = 3
 _EXPERT_COLUMNS = 10  # of a table that fits into 100 columns
+_MOST_STEPS = 5  # that are listed by number
 _MOST_EXPERTS = 64  # more than these are shown as least, median and most loaded
 
 
@@ -87,6 +88,10 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     if summary.get("steps") is not None:
         time = f" in {duration(summary['seconds'])}" if summary.get("seconds") is not None else ""
         facts.append(("steps", f"{summary['steps']}{time}"))
+    if summary.get("effective_time"):
+        facts.append(("effective", _effective(summary["effective_time"])))
+    if summary.get("skipped_steps"):
+        facts.append(("skipped", _skipped(summary["skipped_steps"])))
     if summary.get("tokens_per_second") is not None:
         mfu = f", MFU {summary['mfu']:.1%}" if summary.get("mfu") is not None else ""
         facts.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s{mfu}"))
@@ -103,6 +108,21 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     if summary.get("run_dir"):
         facts.append(("run", str(summary["run_dir"])))
     return facts
+
+
+def _effective(time: Mapping[str, Any]) -> str:
+    """The share of the time that went into new steps, and the largest other parts of it."""
+    others = sorted(((s, name) for name, s in time["seconds"].items() if name != "steps"), reverse=True)
+    shown = ", ".join(f"{name.replace('_', ' ')} {duration(s)}" for s, name in others[:4] if s >= 0.5)
+    again = f", {time['recomputed_steps']} steps made again" if time["recomputed_steps"] else ""
+    attempts = f" and {time['attempts']} attempts" if time["attempts"] > 1 else ""
+    rest = f"; {shown}" if shown else ""
+    return f"{time['share']:.1%} of {duration(time['wall_seconds'])}{attempts} in new steps{again}{rest}"
+
+
+def _skipped(steps: Sequence[int]) -> str:
+    shown = ", ".join(map(str, steps[:_MOST_STEPS])) + (", ..." if len(steps) > _MOST_STEPS else "")
+    return f"{len(steps)} steps whose loss or gradient was not finite: {shown}"
 
 
 def _routing(routing: Mapping[str, float]) -> str:

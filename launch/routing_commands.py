@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch.exit_codes import ExitCode
 from moe_dist.config import Config, load_config
-from moe_dist.errors import ConfigError, Interrupted, LedgerError
+from moe_dist.errors import ConfigError, LedgerError
 
 if TYPE_CHECKING:
     from moe_dist.train.routing_ledger import Page
@@ -93,7 +94,7 @@ def diff(a: Annotated[str, _ledger("A")], b: Annotated[str, _ledger("B")], as_js
     equal = first is None and not only and not any(row["tokens_differ"] for row in rows)
     _print_diff(rows, first, only, equal, sys.stderr if as_json else sys.stdout)
     _answer(as_json, {"equal": equal, "rows": rows, "first": first, "only_in_one": only}, "")
-    raise typer.Exit(0 if equal else 1)
+    raise typer.Exit(ExitCode.DONE if equal else ExitCode.FAILED)
 
 
 @routing_app.command()
@@ -215,7 +216,7 @@ def _run(config: Config, ranks: int) -> dict[str, Any]:
 
 def _exit_if_interrupted(summary: dict[str, Any]) -> None:
     if summary["status"] == "interrupted":
-        raise typer.Exit(Interrupted.exit_code)
+        raise typer.Exit(ExitCode.INTERRUPTED)
 
 
 def _span(steps: Any) -> str:

@@ -27,6 +27,7 @@ from moe_dist.parallel.collectives import sum_ranks
 from moe_dist.runtime.process import Process
 from moe_dist.train import PROGRESS_FILE
 from moe_dist.train.checks import check_weights
+from moe_dist.train.nonfinite import not_finite
 from moe_dist.train.routing_ledger import recorded_steps
 from moe_dist.train.step import train_step
 
@@ -84,6 +85,8 @@ def run_steps(config: Config, build_dir: Path, process: Process) -> dict[str, An
         started = time.perf_counter()
         rows = next(batches).to(process.device)
         figures = train_step(trainee, rows, step, (run_dir / STOP_FILE).exists())
+        if figures.skipped:
+            raise not_finite(step, figures)
         losses.append(figures.loss)
         if drift is not None:
             differing = sum_ranks(drift.taken().to(process.device), mesh.world)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from moe_dist.config import Config
 from moe_dist.config.explain import resolved
 from moe_dist.config.load import read_tree, write_yaml
 from moe_dist.errors import ConfigError
+from moe_dist.train import PROGRESS_FILE
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -31,7 +35,9 @@ _MAY_CHANGE = (
     "train.steps",
     "train.routing_ledger",
     "train.checks",
+    "data.prefetch_batches",
     "train.checks_every_steps",
+    "watch",
 )
 
 
@@ -68,12 +74,14 @@ def prepare(config: Config, again: bool) -> dict[str, Any] | None:
 
 def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths, for processes that have another working directory."""
-    from data_pipeline.storage import is_url
-
     run = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
     data: dict[str, Any] = {"dir": os.path.abspath(config.data.dir)}
-    if config.data.input != "python-library" and not is_url(config.data.input):
+    if _is_local(config.data.input):
         data["input"] = os.path.abspath(config.data.input)
+    data["sources"] = {
+        name: source.model_copy(update={"input": os.path.abspath(source.input)}) if _is_local(source.input) else source
+        for name, source in config.data.sources.items()
+    }
     if config.data.tokenizer.path is not None:
         path = os.path.abspath(config.data.tokenizer.path)
         data["tokenizer"] = config.data.tokenizer.model_copy(update={"path": path})
@@ -81,6 +89,18 @@ def resolve_paths(config: Config) -> Config:
     if train.routing_replay is not None:
         train = train.model_copy(update={"routing_replay": os.path.abspath(train.routing_replay)})
     return config.model_copy(update={"run": run, "data": config.data.model_copy(update=data), "train": train})
+
+
+def tell_attempt(run_dir: Path) -> None:
+    """Notes that ranks are about to be started; a launcher need not import the trainer for that."""
+    with contextlib.suppress(OSError), (run_dir / PROGRESS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": "attempt", "time": time.time()}) + "\n")
+
+
+def _is_local(source: str) -> bool:
+    from data_pipeline.storage import is_url
+
+    return source != "python-library" and not is_url(source)
 
 
 def finished_summary(config: Config) -> dict[str, Any] | None:
@@ -99,7 +119,8 @@ def changed_keys(config: Config) -> list[str]:
     path = Path(config.run.dir) / CONFIG_FILE
     if not path.exists():
         return []
-    old = dict(_leaves(read_tree(path)))
+    # A run of an earlier version lacks the keys that came after it: what they now default to is what it did.
+    old = {**dict(_leaves(resolved(Config()))), **dict(_leaves(read_tree(path)))}
     new = dict(_leaves(resolved(config)))
     names = [name for name in new if not _may_change(name) and old.get(name) != new[name]]
     names += [name for name in old if name not in new and not _may_change(name)]
@@ -113,7 +134,8 @@ def _may_change(name: str) -> bool:
 def _same_input(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """The same text may be named by a relative and by an absolute path."""
     values = old.get(name), new.get(name)
-    if name not in ("data.input", "data.tokenizer.path") or not all(isinstance(value, str) for value in values):
+    named = name in ("data.input", "data.tokenizer.path") or re.fullmatch(r"data\.sources\..+\.input", name)
+    if not named or not all(isinstance(value, str) for value in values):
         return False
     return len({os.path.abspath(str(value)) for value in values}) == 1
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from moe_dist.runtime.process import Process
 from moe_dist.runtime.profiling import measure_gemm_peak
 from moe_dist.train.evaluate import HeldOut
 from moe_dist.train.loop import Trainer
-from moe_dist.train.metrics import Recorder
+from moe_dist.train.metrics import Recorder, append_event
 from moe_dist.train.routing_ledger import RoutingLedger
 from moe_dist.train.step import Trainee
 
@@ -55,6 +56,8 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     Raises:
         MoeDistError: What the user can act on.
     """
+    if process.rank == 0:
+        append_event(Path(config.run.dir), "boot")
     mesh = open_mesh(config, process)
 
     batches = RankBatches(config, build_dir, mesh)
@@ -64,7 +67,9 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
 
     recorder = open_recorder(config, process, mesh)
     trainer = Trainer(trainee, batches, held_out, recorder)
+    started = time.perf_counter()
     trainer.restore()
+    recorder.spent("restore", time.perf_counter() - started)
     recorder.open(trainer.step, config.train.steps, list_workers(process, mesh))
     recorder.message(f"{mesh.layout}; {process.device.type}, {torch.get_num_threads()} threads a rank")
     for backend in {layer.experts.backend for _, layer in trainee.model.moe_layers()}:
@@ -76,6 +81,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
         status = trainer.run(stop_asked=(Path(config.run.dir) / STOP_FILE).exists)
     finally:
         trainer.close()
+        batches.close()
         recorder.close()
     if process.rank > 0:
         return {"status": status}

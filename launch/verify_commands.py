@@ -14,8 +14,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from launch.exit_codes import ExitCode
 from moe_dist.config import Config, load_config
-from moe_dist.errors import Interrupted
 
 WORKER = "launch.verify_run:run_cells"
 _ROWS_SHOWN, _LEAST_WIDTH = 100, 190
@@ -71,8 +71,8 @@ def verify(
     if as_json:
         typer.echo(json.dumps(summary))
     if summary["status"] == "interrupted":
-        raise typer.Exit(Interrupted.exit_code)
-    raise typer.Exit(0 if summary["equal"] else 1)
+        raise typer.Exit(ExitCode.INTERRUPTED)
+    raise typer.Exit(ExitCode.DONE if summary["equal"] else ExitCode.FAILED)
 
 
 def _prove(config: Config, ranks: int, full: bool, folder: Path) -> dict[str, Any]:

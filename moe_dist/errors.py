@@ -63,6 +63,12 @@ class TrainingFault(MoeDistError):
     exit_code = 4
 
 
+class NumericFault(TrainingFault):
+    """Numbers that are not finite: steps in a row, or weights that would have been saved (train/nonfinite.py)."""
+
+    exit_code = 5
+
+
 class Interrupted(MoeDistError):
     """The user asked the run to stop; the last checkpoint is committed and the same command continues it."""
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from moe_dist.config.load import closest_key
+from moe_dist.config.load import closest_key, section_below
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 
@@ -49,12 +49,12 @@ class SectionRow:
 
 def key_rows() -> list[KeyRow]:
     """Every key that holds a value, in the order of the tree."""
-    return [_key_row(path, field) for path, field in _fields(Config) if _section_kind(field) is None]
+    return [_key_row(path, field) for path, field in _fields(Config) if section_below(field)[0] is None]
 
 
 def section_rows() -> list[SectionRow]:
     """Every section, in the order of the tree."""
-    return [SectionRow(path, field.description or "") for path, field in _fields(Config) if _section_kind(field)]
+    return [SectionRow(path, field.description or "") for path, field in _fields(Config) if section_below(field)[0]]
 
 
 def rows_under(path: str) -> list[KeyRow]:
@@ -77,19 +77,15 @@ def resolved(config: Config) -> dict[str, Any]:
 def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in kind.model_fields.items():
         yield prefix + name, field
-        inner = _section_kind(field)
+        inner, below = section_below(field)
         if inner is not None:
-            yield from _fields(inner, f"{prefix}{name}.")
-
-
-def _section_kind(field: FieldInfo) -> type[BaseModel] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+            yield from _fields(inner, f"{prefix}{name}.{below}")
 
 
 def _key_row(path: str, field: FieldInfo) -> KeyRow:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    default = "(required)" if field.is_required() else field.default
+    default = list(default) if isinstance(default, tuple) else default
     return KeyRow(
         path=path,
         type=_type_in_words(field.annotation),
@@ -108,6 +104,8 @@ def _type_in_words(kind: Any) -> str:
         return " or ".join(options) + ", or null"
     if get_origin(kind) is tuple:
         return f"list of {_type_in_words(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return f"{_type_in_words(get_args(kind)[1])} by name"
     return _PLAIN_TYPES[kind]
 
 

@@ -10,12 +10,14 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from moe_dist.config.nearest import nearest_value
 from moe_dist.config.rules import broken_rules, check_rules
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
@@ -114,11 +116,22 @@ def write_yaml(tree: Any, one_line: bool = False) -> str:
 
 
 def key_paths(kind: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every key path of the tree, sections included."""
+    """Every key path of the tree, sections included; sections that a person names stand under `NAME`."""
     for name, field in kind.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from key_paths(field.annotation, f"{prefix}{name}.")
+        inner, below = section_below(field)
+        if inner is not None:
+            yield from key_paths(inner, f"{prefix}{name}.{below}")
+
+
+def section_below(field: FieldInfo) -> tuple[type[BaseModel] | None, str]:
+    """The section that a key holds, once, by name or in a list, and what stands before its own keys; or None."""
+    kind, below = field.annotation, ""
+    if get_origin(kind) is dict:
+        kind, below = get_args(kind)[1], "NAME."
+    elif get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    return (kind, below) if isinstance(kind, type) and issubclass(kind, BaseModel) else (None, "")
 
 
 def _read_with_base(path: Path) -> dict[str, Any]:
@@ -196,15 +209,28 @@ def closest_key(path: str) -> str:
     return f"keys here: {', '.join(siblings.values())}" if siblings else "`moe-dist config explain` lists every key"
 
 
+def _documented(loc: tuple[int | str, ...]) -> str:
+    """The path of a key as it is documented: without places in a list, and with NAME for names that a person gives."""
+    words = [part for part in loc if isinstance(part, str)]
+    known = {tuple(path.split(".")) for path in key_paths()}
+    for place in range(1, len(words)):
+        if (*words[:place], "NAME") in {path[: place + 1] for path in known}:
+            words[place] = "NAME"
+    return ".".join(words)
+
+
 def _explain(details: ErrorDetails) -> ConfigError:
     path, given = ".".join(str(part) for part in details["loc"]), details["input"]
+    key = _documented(details["loc"])
     if details["type"] == "extra_forbidden":
-        return ConfigError(path, given, "unknown key", closest_key(path))
+        return ConfigError(path, given, "unknown key", closest_key(key))
     rule = re.sub(r"^Input should be", "must be", details["msg"])
     if details["type"] == "model_type":
         rule = "is a section: its keys stand below it"
-    key = ".".join(part for part in details["loc"] if isinstance(part, str))  # without places in a list
     fix = f"`moe-dist config explain {key}` tells type, unit and default"
+    nearest = nearest_value(Config, details)
+    if nearest is not None:
+        fix = f"{path}={write_yaml(nearest, one_line=True)}; {fix}"
     if isinstance(given, str) and given.lower() == "none":
         fix = f"{path}=null if you mean none"
     return ConfigError(path, f"{given!r} ({type(given).__name__})", rule, fix)

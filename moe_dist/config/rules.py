@@ -6,7 +6,10 @@ import difflib
 import os
 from collections.abc import Iterator
 
-from moe_dist.config.schema import QUALITY_RULES, Config, MoEConfig
+from moe_dist.config.cleaning_rules import decontaminate_rules, near_duplicate_rules
+from moe_dist.config.data_schema import QUALITY_RULES
+from moe_dist.config.schema import Config, MoEConfig
+from moe_dist.config.source_rules import source_rules
 from moe_dist.errors import ConfigError
 
 
@@ -23,6 +26,7 @@ def check_rules(config: Config) -> None:
 def broken_rules(config: Config) -> Iterator[ConfigError]:
     """Yields every broken rule, in the order of the tree."""
     yield from _data_rules(config)
+    yield from source_rules(config.data)
     yield from _model_rules(config)
     yield from _moe_rules(config)
     yield from _expert_rules(config)
@@ -45,6 +49,8 @@ def _data_rules(config: Config) -> Iterator[ConfigError]:
                 f"a quality rule is one of {', '.join(QUALITY_RULES)}",
                 f"data.clean.rules=[{nearest}]",
             )
+    yield from near_duplicate_rules(config.data.dedup.near)
+    yield from decontaminate_rules(config.data.decontaminate)
 
 
 def _model_rules(config: Config) -> Iterator[ConfigError]:

@@ -1,115 +1,22 @@
 """The config tree: every key with its type, unit, default and meaning. Frozen and strict; it holds no behaviour.
 
-Rules that join several keys are in `rules.py`; reading files and overrides is in `load.py`.
+What sections are made of is in `section.py`; those about data are in `data_schema.py`, what a run watches of itself
+in `watch_schema.py`. Rules that join several keys are in `rules.py`; reading files and overrides is in `load.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import field_validator
 
-
-class Section(BaseModel):
-    """A frozen section of the tree that refuses unknown keys and silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def key(default: Any, meaning: str, unit: str = "", **rules: Any) -> Any:
-    """Declares a config key: default (`...` means required), meaning, unit and pydantic's own range rules."""
-    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
-
-
-def section(kind: type[Section], meaning: str) -> Any:
-    """Declares a nested section that exists even when the file does not mention it."""
-    return Field(default_factory=kind, description=meaning)
+from moe_dist.config.data_schema import DataConfig
+from moe_dist.config.section import Section, key, section
+from moe_dist.config.watch_schema import WatchConfig
 
 
 class RunConfig(Section):
     dir: str = key("runs/default", "Directory of this run: resolved config, metrics, checkpoints, logs.", "path")
-
-
-class TokenizerConfig(Section):
-    path: str | None = key(
-        None,
-        "A tokenizer.json, tekken.json or tiktoken ranks file to use; null trains a byte-level BPE on the input.",
-        "path",
-    )
-    kind: Literal["auto", "tokenizer.json", "tekken", "gpt2", "cl100k_base", "o200k_base"] = key(
-        "auto",
-        "What `path` is: told by its contents, or as named. A tiktoken ranks file does not say how it cuts text, so "
-        "its encoding must be named.",
-    )
-    train_bytes: int = key(16_000_000, "The tokenizer is trained on at most this much text.", "bytes", ge=1_000)
-
-
-QUALITY_RULES = (
-    ("c4_citations", "c4_javascript", "c4_policy_lines", "c4_terminal_punctuation", "c4_line_words")
-    + ("c4_lorem_ipsum", "c4_curly_bracket", "c4_sentences")
-    + ("gopher_word_count", "gopher_mean_word_length", "gopher_symbols", "gopher_bullet_lines")
-    + ("gopher_ellipsis_lines", "gopher_alphabetic_words", "gopher_stop_words")
-    + ("gopher_duplicate_lines", "gopher_duplicate_paragraphs", "gopher_duplicate_line_characters")
-    + ("gopher_duplicate_paragraph_characters", "gopher_top_ngrams", "gopher_duplicate_ngrams")
-)
-
-
-class CleanConfig(Section):
-    normalize: Literal["none", "NFC", "NFKC"] = key("none", "Unicode normal form that text is brought to first.")
-    mask: tuple[Literal["email", "ip"], ...] = key(
-        (), "Personal data that a placeholder replaces: `email` addresses, `ip` addresses.", strict=False
-    )
-    languages: tuple[Literal["en", "zh", "other"], ...] = key(
-        (),
-        "Only documents guessed to be in one of these languages (`en`, `zh`, `other`) stay; empty keeps all.",
-        strict=False,
-    )
-    rules: tuple[str, ...] = key(
-        (), "Quality rules that documents must pass, in any order: " + ", ".join(QUALITY_RULES) + ".", strict=False
-    )
-
-
-class DedupConfig(Section):
-    exact: bool = key(False, "Of documents with the same text (after `data.clean`), only the first of the input stays.")
-
-
-class DataConfig(Section):
-    input: str = key(
-        "python-library",
-        "A folder or file (.txt .md .py ..., .jsonl, .jsonl.zst, .jsonl.gz, .parquet), a folder that save_to_disk of "
-        "datasets wrote, a pattern of files (texts/**/*.md), any of them on an object store (s3://bucket/texts), or "
-        "`python-library`: the sources of the interpreter's own library.",
-        "path",
-    )
-    dir: str = key("runs/data", "Where built shards go, each build in a folder named by its fingerprint.", "path")
-    suffixes: tuple[str, ...] = key(
-        (".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".js", ".ts", ".java", ".go", ".rs")
-        + (".sh", ".rb", ".tex", ".org"),
-        "Endings of the files in a folder that are read as plain text.",
-        strict=False,
-    )
-    text_field: str = key("text", "Field of a .jsonl or .parquet record that holds its text.")
-    unreadable: Literal["error", "skip"] = key(
-        "error", "What a file or record that cannot be read does: stop, or be listed in the manifest and left out."
-    )
-    holdout_fraction: float = key(
-        0.03, "Share of documents, chosen by a hash of their path, kept for evaluation.", "fraction", gt=0, lt=0.5
-    )
-    clean: CleanConfig = section(CleanConfig, "What is changed in documents, and which are left out.")
-    dedup: DedupConfig = section(DedupConfig, "Which copies of the same text are left out.")
-    shard_bytes: int = key(2_000_000, "Text that goes into one shard.", "bytes", ge=10_000)
-    sequence_length_tokens: int = key(256, "Length of a training row.", "tokens", ge=2)
-    documents: Literal["joined", "separate"] = key(
-        "joined",
-        "Documents in one row: joined, a token sees all before it in its row; or separate, it sees its own document "
-        "alone, whose positions begin at 0.",
-    )
-    packing: Literal["concatenate", "best_fit"] = key(
-        "concatenate",
-        "How rows are filled: one document after the other, cut where a row ends; or documents whole where they fit, "
-        "each into the fullest row that has room, and the rest of a row padded. The latter is another build.",
-    )
-    tokenizer: TokenizerConfig = section(TokenizerConfig, "The tokenizer.")
 
 
 class MoEConfig(Section):
@@ -296,12 +203,10 @@ class TrainConfig(Section):
     )
     checks: Literal["off", "light", "full"] = key(
         "light",
-        "Invariants that stop a run where they do not hold: none; those of counts and gradients at every step; or also "
-        "that copies of a tensor are identical and experts are not, now and then.",
+        "Invariants that stop a run where they do not hold: none; those of counts and gradients at every step, and now "
+        "and then that copies of a tensor are identical and experts are not; or the latter also at both ends of a run.",
     )
-    checks_every_steps: int = key(
-        100, "With checks=full, weights are compared every so many steps, and at both ends of a run.", "steps", ge=1
-    )
+    checks_every_steps: int = key(100, "Copies of weights are compared every so many steps.", "steps", ge=1)
     threads_per_rank: int | None = key(
         None, "CPU threads of a rank; null shares the machine's cores evenly.", "threads", ge=1
     )
@@ -379,4 +284,5 @@ class Config(Section):
     evaluate: EvaluateConfig = section(EvaluateConfig, "Held-out evaluation.")
     generate: GenerateConfig = section(GenerateConfig, "Samples of text.")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
+    watch: WatchConfig = section(WatchConfig, "What a run watches of itself, and when it stops or warns.")
     launch: LaunchConfig = section(LaunchConfig, "Processes.")

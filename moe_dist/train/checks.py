@@ -3,10 +3,11 @@
 | `train.checks` | looks at | collectives |
 |---|---|---|
 | `light` | counts, graph and gradients of every step, before its weights change | that of the step's tally |
-| `full` | also the weights that ranks hold, now and then | one gather of a 64-bit number for each tensor |
+| | the weights that ranks hold, every `train.checks_every_steps` | one gather of a 64-bit number for each tensor |
+| `full` | these also at both ends of a run, before its last save | the same |
 
 All ranks judge the same sums or the same numbers, so that a broken rule stops every one of them, with the same words.
-That the norm of the gradient is finite is asked whatever `train.checks` says (`step.py`).
+A step that is not finite is passed over unjudged, whatever `train.checks` says (`step.py`, `nonfinite.py`).
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ Digests = Mapping[Piece, int]
 
 
 def check_weights(trainee: Trainee, step: int, now: bool = False) -> None:
-    """With `train.checks=full`, every `train.checks_every_steps` steps or now: the weights after `step` updates.
+    """The weights after `step` updates: every `train.checks_every_steps` of them, with `train.checks=full` also `now`.
 
     Entered by all ranks.
 
@@ -220,7 +221,8 @@ def check_weights(trainee: Trainee, step: int, now: bool = False) -> None:
         TrainingFault: On every rank alike.
     """
     train = trainee.config.train
-    if train.checks != "full" or not (now or step % train.checks_every_steps == 0):
+    due = step > 0 and step % train.checks_every_steps == 0
+    if train.checks == "off" or not (due or (train.checks == "full" and (now or step == 0))):
         return
     by_rank = gather_objects(digests_here(trainee.model), trainee.mesh.world)
     for rule in (copies_are_identical, experts_differ):
@@ -241,12 +243,22 @@ def copies_are_identical(step: str, by_rank: Sequence[Digests]) -> Iterator[Trai
     for piece, (most, *others) in differing.items():
         more = len(differing) - 1
         as_others = f", as in {more} more tensor{'s' if more > 1 else ''}" if more else ""
-        value = f"ranks {', '.join(map(str, others))} differ from ranks {most}{as_others}"
+        value = (
+            f"ranks {', '.join(map(str, others))} differ from ranks {most}{as_others}; {_who_is_wrong(most, others)}"
+        )
         fix = (
             "copies drift apart where a gradient is not summed over all of them or an update is not the same: "
             "`moe-dist verify` with this config; continue from a checkpoint before this step"
         )
         yield TrainingFault(f"{step}, {piece}", value, "all ranks that hold a tensor hold the same bits of it", fix)
+
+
+def _who_is_wrong(most: Sequence[int], others: Sequence[Sequence[int]]) -> str:
+    """Whom a vote of the copies names: those that more than half of them outvote."""
+    few = sorted(rank for ranks in others for rank in ranks)
+    if len(most) > len(few):
+        return f"most copies agree, so ranks {few} are wrong"
+    return f"no majority of the copies tells which of ranks {sorted([*most, *few])} are wrong"
 
 
 def experts_differ(step: str, by_rank: Sequence[Digests]) -> Iterator[TrainingFault]:

@@ -17,10 +17,12 @@ from moe_dist.checkpoint.load import load_training_state, restore_newest
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.checkpoint.save import Saved, Saver
 from moe_dist.errors import CheckpointError
+from moe_dist.train.alarms import Alarms
 from moe_dist.train.checks import check_weights
 from moe_dist.train.evaluate import HeldOut, evaluate
 from moe_dist.train.metrics import Recorder
-from moe_dist.train.step import Trainee, train_step
+from moe_dist.train.nonfinite import SkippedSteps, check_finite
+from moe_dist.train.step import StepFigures, Trainee, train_step
 
 
 class Batches(Protocol):
@@ -46,6 +48,8 @@ class Trainer:
         self.root = Path(self.config.run.dir) / "checkpoints"
         self.saver = Saver(self.root, trainee.mesh, self.config.checkpoint, self.config.launch.timeout_seconds)
         self.step = 0
+        self.skipped = SkippedSteps(trainee)
+        self.alarms = Alarms(self.config)
 
     def restore(self) -> Path | None:
         """Continues from the newest checkpoint that proves whole; returns its path, or None where there is none.
@@ -63,6 +67,7 @@ class Trainer:
             return None
         path, manifest = found
         self.step = manifest.step
+        self.skipped.restore(self.step, manifest.data)
         return path
 
     def _accept(self, path: Path, manifest: Manifest) -> None:
@@ -82,23 +87,29 @@ class Trainer:
         """
         steps, device = self.config.train.steps, self.held_out.rows.device
         check_weights(self.trainee, self.step, now=True)
+        self.alarms.remember(self.recorder.rows)
         while True:
             if self._is_due(self.config.evaluate.every_steps) or self.step in (0, steps):
-                self.evaluate()
+                self._timed("evaluation", self.evaluate)
             if self.step >= steps:
                 return "finished"
             started = time.perf_counter()
             rows = next(self.batches).to(device)
+            waited = time.perf_counter() - started
             figures = train_step(self.trainee, rows, self.step, stop_asked())
             self.step += 1
-            self.recorder.step(self.step, figures, time.perf_counter() - started)
+            self.recorder.step(self.step, figures, time.perf_counter() - started, waited)
+            self._watch(figures)
             ends = figures.stop or self.step == steps
             check_weights(self.trainee, self.step, now=ends)
             self._hear_of_saves()
+            saves = ends or self._is_due(self.config.checkpoint.every_steps)
+            if saves:
+                check_finite(self.trainee, self.step)
             if ends:
-                self.save()
-            elif self._is_due(self.config.checkpoint.every_steps):
-                self._try_to_save()
+                self._timed("save", self.save)
+            elif saves:
+                self._timed("save", self._try_to_save)
             if figures.stop and self.step < steps:
                 return "interrupted"
 
@@ -123,6 +134,27 @@ class Trainer:
         result = evaluate(self.trainee, self.held_out)
         self.recorder.evaluation(self.step, result.loss, result.bits_per_byte)
 
+    def _timed(self, what: str, work: Callable[[], object]) -> None:
+        """Does something that is no step, and records how long it took, however it ends."""
+        started = time.perf_counter()
+        try:
+            work()
+        finally:
+            self.recorder.spent(what, time.perf_counter() - started)
+
+    def _watch(self, figures: StepFigures) -> None:
+        """Tells what was out of the ordinary in the step that has just ended.
+
+        Raises:
+            NumericFault: Too many steps in a row were not finite; on every rank alike.
+        """
+        told = self.skipped.see(self.step, figures)
+        if told is not None:
+            self.recorder.event("skipped", **told)
+        elif self.recorder.writes:
+            for alarm in self.alarms.see(self.step, figures.loss, figures.demand):
+                self.recorder.event("alarm", **alarm)
+
     def _try_to_save(self) -> None:
         """A save between others: training goes on beside it, or without it, and says so."""
         try:
@@ -139,10 +171,11 @@ class Trainer:
         self.saver.wait()
         self._hear_of_saves()
         config, seed = self.config, self.config.seed
-        schedule = {"updates": self.step, "steps": config.train.steps}
+        schedule = {"updates": self.step - self.skipped.total, "steps": config.train.steps}
         # Random numbers follow from the seed, the purpose, the step and the place; there is no generator to store.
         state = {"schedule": schedule, "random": {"seed": seed, "step": self.step}}
-        saved = Saved(self.step, config.model_dump(mode="json"), self.batches.state_dict(), state)
+        data = self.skipped.noted_in(self.batches.state_dict())
+        saved = Saved(self.step, config.model_dump(mode="json"), data, state)
         self.saver.start(self.trainee.model, self.trainee.optimizer, saved)
 
     def _hear_of_saves(self) -> None:

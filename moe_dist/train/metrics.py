@@ -11,6 +11,7 @@ step before it. Only rank 0 records. Shape letters: layers of experts, E experts
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -52,6 +53,7 @@ _SCHEMA = pa.schema(
     + [(name, pa.float64()) for name in ("balance_exact", "balance_distance", "group_balance")]
     + [("dead_experts", pa.list_(pa.int64())), ("bytes_sent", pa.int64())]
     + [(name, pa.list_(pa.float64())) for name in ("entropy", "rank_load")]
+    + [("skipped", pa.bool_()), ("data_seconds", pa.float64())]
 )
 
 
@@ -93,28 +95,26 @@ class Recorder:
         self.recent.extend(_read_rows(self.run_dir / "metrics", from_step=first_step - RECENT_STEPS + 1))
         self.evaluations = _read_evaluations(self.run_dir / PROGRESS_FILE, first_step)
         self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step + 1)
-        self.event("start", time=time.time(), first_step=first_step, steps=steps, ranks=len(workers), workers=workers)
+        self.event("start", first_step=first_step, steps=steps, ranks=len(workers), workers=workers)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Appends one line to the progress file; a full disk must not stop what is only shown."""
-        if not self.writes:
-            return
-        line = json.dumps({"event": kind, **fields}) + "\n"
-        try:
-            with (self.run_dir / PROGRESS_FILE).open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            print(f"{self.run_dir / PROGRESS_FILE}: {error}: {line}", file=sys.stderr)
+        """Appends one line to the progress file."""
+        if self.writes:
+            append_event(self.run_dir, kind, **fields)
 
     def message(self, text: str) -> None:
         """A line for the person who watches."""
         self.event("message", text=text)
 
-    def step(self, step: int, figures: StepFigures, seconds: float) -> None:
-        """Records update number `step` (from 1)."""
+    def spent(self, what: str, seconds: float) -> None:
+        """Records what took time besides steps (`account.py`)."""
+        self.event("spent", what=what, seconds=seconds)
+
+    def step(self, step: int, figures: StepFigures, seconds: float, data_seconds: float = 0.0) -> None:
+        """Records step number `step` (from 1), some of whose seconds went into waiting for rows."""
         if not self.writes:
             return
-        row = step_row(step, figures, seconds)
+        row = step_row(step, figures, seconds) | {"data_seconds": data_seconds}
         row["mfu"] = row["tokens_per_second"] * self.flops_per_token / self.peak_flops
         small = {name: value for name, value in row.items() if name not in _LOADS}
         self.rows.append(small)
@@ -122,12 +122,13 @@ class Recorder:
         self._unwritten.append(row)
         if self._board is not None:
             _draw(self._board, row)
-        self.event("step", **small | {name: over(row[name] or [0.0]) for name, over in _OVER_LAYERS.items()})
+        known = {name: [value for value in row[name] if value is not None] for name in _OVER_LAYERS}
+        self.event("step", **small | {name: over(known[name] or [0.0]) for name, over in _OVER_LAYERS.items()})
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Records a held-out evaluation after `step` updates."""
-        self.evaluations[step] = {"loss": loss, "bits_per_byte": bits_per_byte}
-        if self._board is not None:
+        self.evaluations[step] = finite({"loss": loss, "bits_per_byte": bits_per_byte})
+        if self._board is not None and math.isfinite(loss):
             self._board.add_scalar("heldout/loss", loss, step)
             self._board.add_scalar("heldout/bits_per_byte", bits_per_byte, step)
         self.event("evaluate", step=step, loss=loss, bits_per_byte=bits_per_byte)
@@ -147,10 +148,22 @@ class Recorder:
             self._board.close()
 
 
+def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
+    """Appends a line with its time to the progress file of a run; a full disk must not stop what is only shown."""
+    event = finite({"event": kind, "time": time.time(), **fields})
+    line = json.dumps(event, allow_nan=False) + "\n"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / PROGRESS_FILE).open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        print(f"{run_dir / PROGRESS_FILE}: {error}: {line}", file=sys.stderr)
+
+
 def step_row(step: int, figures: StepFigures, seconds: float) -> dict[str, Any]:
-    """The figures of a step as plain values; MFU is added by whoever knows the peak."""
+    """The figures of a step as plain values, None for what is not finite; MFU is added by whoever knows the peak."""
     asked, served = int(figures.demand.sum()), int(figures.served.sum())
-    return {
+    row = {
         "step": step,
         **{name: getattr(figures, name) for name in (*_PLAIN_FIGURES, *_BALANCE_FIGURES)},
         "seconds": seconds,
@@ -163,17 +176,33 @@ def step_row(step: int, figures: StepFigures, seconds: float) -> dict[str, Any]:
         "entropy": figures.entropy,
         "rank_load": figures.rank_load,
         "bytes_sent": figures.bytes_sent,
+        "skipped": figures.skipped,
     }
+    return finite(row)
+
+
+def finite(value: Any) -> Any:
+    """Plain values in which a number that is not finite is None, for which JSON has a word and Parquet a place."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: finite(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [finite(inner) for inner in value]
+    return value
 
 
 def _draw(board: SummaryWriter, row: dict[str, Any]) -> None:
     step = row["step"]
     for name in (*_PLAIN_FIGURES, *_BALANCE_FIGURES, "tokens_per_second", "mfu", "drop_rate", "bytes_sent"):
-        board.add_scalar(f"train/{name}", row[name], step)
+        if row[name] is not None:
+            board.add_scalar(f"train/{name}", row[name], step)
     experts = sum(map(len, row["demand"]))
     for layer, load in enumerate(row["demand"]):
         for name in _OVER_LAYERS:
-            board.add_scalar(f"{name}/layer_{layer}", row[name][layer], step)
+            if row[name][layer] is not None:
+                board.add_scalar(f"{name}/layer_{layer}", row[name][layer], step)
         if experts <= _MOST_EXPERT_CURVES:
             for expert, count in enumerate(load):
                 board.add_scalar(f"load_layer_{layer}/expert_{expert}", count / max(1, sum(load)), step)

@@ -87,6 +87,11 @@ class StepFigures:
     stop: bool
 
     @property
+    def skipped(self) -> bool:
+        """The loss or the gradient is not finite, so that the step changed nothing: a fact of sums over all ranks."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+
+    @property
     def balance_distance(self) -> float:
         """How far the balance term is from that of the whole global batch."""
         return self.balance - self.balance_exact
@@ -105,6 +110,9 @@ class StepFigures:
 def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = False) -> StepFigures:
     """Makes update number `step` (from 0) from this rank's rows; entered by all ranks.
 
+    Where the loss or the gradient of the global batch is not finite, no rank changes anything: neither weights, nor
+    moments and their count of updates, nor selection biases. All ranks see that in the same sums.
+
     Args:
         trainee: The model and its optimizer.
         rows: Token ids int64 [n, S+1], below 0 for padding; n may differ between ranks and may be 0.
@@ -112,8 +120,8 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
         stop_asked: Whether this rank was asked to stop; told to all in the figures.
 
     Raises:
-        TrainingFault: The gradient is not finite, or an invariant does not hold (`checks.py`); on every rank alike,
-            before any weight changes.
+        TrainingFault: An invariant does not hold (`checks.py`); on every rank alike, before any weight changes. Of a
+            step that is not finite none is asked.
         LedgerError: The routing to be followed is of another batch, or the routing cannot be recorded.
     """
     config = trainee.config
@@ -144,10 +152,9 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, stop_asked: bool = Fal
     grad_norm = float(trainee.gradients.clip(config.train.clip_norm))
     tally.sums |= witness.sums
     figures = tally.figures(counted, grad_norm, learning_rate(step, config.train.steps, config.optimizer))
+    if figures.skipped:
+        return figures
     witness.judge(step, figures, tally.total)
-    if not math.isfinite(grad_norm):
-        fix = "a new run.dir with a lower optimizer.lr or train.precision=fp32; this run's checkpoints are intact"
-        raise TrainingFault(f"step {step + 1}", f"gradient norm {grad_norm}", "gradients are finite", fix)
     set_learning_rate(trainee.optimizer, figures.lr)
     trainee.optimizer.step()
     move_selection_biases(trainee.model, figures.demand)

@@ -29,6 +29,7 @@ from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.tensor import gather_cut
 from moe_dist.parallel.zero import share_out
+from moe_dist.train.nonfinite import not_finite
 from moe_dist.train.routing_ledger import Place, RoutingLedger
 from moe_dist.train.step import Trainee, train_step
 
@@ -190,7 +191,7 @@ def candidate_step(trainee: Trainee, rows: Tensor, gradients: dict[str, Tensor] 
         gradients: Is filled where given, so that they are known even if the step fails for them.
 
     Raises:
-        TrainingFault: The gradient is not finite.
+        NumericFault: The loss or the gradient is not finite.
     """
     model, config = trainee.model, trainee.config
     constant = config.optimizer.model_copy(update={"lr": 1.0, "warmup_steps": 0, "min_lr_fraction": 1.0})
@@ -200,6 +201,8 @@ def candidate_step(trainee: Trainee, rows: Tensor, gradients: dict[str, Tensor] 
     gradients = {} if gradients is None else gradients
     _keep_gradients(trainee, gradients)
     figures = train_step(replace(trainee, config=config, ledger=routing), rows, 0)
+    if figures.skipped:
+        raise not_finite(0, figures)
     terms = ("cross_entropy", "balance", "group_balance", "z", "loss", "grad_norm")
     return StepProof(
         first_weights=first_weights,

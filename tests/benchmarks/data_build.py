@@ -3,8 +3,10 @@
     python -m tests.benchmarks.data_build [--quick] [--json] [--input PATH] [--megabytes N]
 
 All ways turn the same documents into the same ids with the same tokenizer (8,192 tokens, trained on them before) and
-take turns within each round, the first place changing. `encode_batch` and `encode_batch_fast` are one call of the
-library for all texts, which lie in memory, and leave its objects; they write nothing. `write shards` is the second pass
+take turns within each round, the first place changing, each in a fresh process as a build is, which encodes 0.3 MB
+before the clock starts. `encode_batch` and `encode_batch_fast` are one call of the
+library for all texts, which lie in memory, and leave its objects; they write nothing, nor does `encode_batch by 1 MB`,
+which drops what each call leaves and so pays less for memory. `write shards` is the second pass
 of `data build --no-ray`: it reads the files, encodes, packs, compresses, hashes and writes; `data build` is the whole
 of it with a tokenizer that is given, both passes. `datasets.map` is that of Hugging Face with `encode_batch_fast` on
 texts in memory, written to its Arrow file; without the package (see peers.txt) the row is left out. Shares are medians
@@ -18,6 +20,7 @@ import importlib.util
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,11 +41,10 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.once import Progress
 from data_pipeline.tokenizer import train_tokenizer
 from moe_dist.config import Config, parse_config
-from tests.benchmarks.allocator import restart_with_kept_blocks
 from tests.benchmarks.options import parser_of
 
 VOCABULARY, THREADS = 8192, 2  # of the library, unless RAYON_NUM_THREADS says another number
-TRAINED_ON = 4_000_000  # characters
+TRAINED_ON, WARMED_UP_WITH, BATCH_CHARACTERS = 4_000_000, 300_000, 2**20
 SUFFIXES = [".txt", ".md", ".rst", ".py"]
 
 
@@ -112,6 +114,24 @@ def bare(corpus: Corpus, method: str) -> dict[str, float]:
     return found
 
 
+def in_batches(corpus: Corpus) -> dict[str, float]:
+    """A call for each megabyte, whose objects are dropped."""
+    library = Library.from_file(str(corpus.tokenizer))
+    library.encode_special_tokens = True
+    batches: list[list[str]] = [[]]
+    for text in corpus.texts:
+        if sum(map(len, batches[-1])) >= BATCH_CHARACTERS:
+            batches.append([])
+        batches[-1].append(text)
+    tokens = 0
+    with seconds_of("encode_batch by 1 MB") as found:
+        for batch in batches:
+            encoded = library.encode_batch(batch, add_special_tokens=False)
+            tokens += sum(map(len, encoded)) + len(encoded)
+    found["tokens"] = tokens
+    return found
+
+
 def ours(corpus: Corpus) -> dict[str, float]:
     """A whole build, and its second pass by the clock."""
     times: list[float] = []
@@ -157,20 +177,38 @@ def seconds_of(way: str) -> Iterator[dict[str, float]]:
     found[way] = time.perf_counter() - started
 
 
+WAYS: dict[str, Callable[[Corpus], dict[str, float]]] = {
+    "encode_batch": lambda corpus: bare(corpus, "encode_batch"),
+    "encode_batch_fast": lambda corpus: bare(corpus, "encode_batch_fast"),
+    "encode_batch by 1 MB": in_batches,
+    "data build": ours,
+    "datasets.map": mapped,
+}
+
+
+def in_this_process(way: str, folder: Path) -> None:
+    """Times one way over the corpus that lies in a folder, and prints what it found."""
+    texts = [json.loads(line)["text"] for path in sorted((folder / "input").iterdir()) for line in path.open()]
+    corpus = Corpus(texts, folder / "tokenizer.json", folder / "input", folder)
+    Library.from_file(str(corpus.tokenizer)).encode_batch_fast(list(_first(texts, WARMED_UP_WITH)))
+    print(json.dumps(WAYS[way](corpus)))
+
+
+def in_fresh_process(way: str, folder: Path) -> dict[str, float]:
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.data_build", "--way", way, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def measure(corpus: Corpus, rounds: int) -> dict[str, Any]:
     """Rows of all ways; the first round does not count."""
-    ways: list[Callable[[], dict[str, float]]] = [
-        lambda: bare(corpus, "encode_batch"),
-        lambda: bare(corpus, "encode_batch_fast"),
-        lambda: ours(corpus),
-    ]
-    if importlib.util.find_spec("datasets"):
-        ways.append(lambda: mapped(corpus))
+    ways = [way for way in WAYS if way != "datasets.map" or importlib.util.find_spec("datasets")]
     taken: dict[str, list[float]] = {}
     tokens = set()
     for turn in range(rounds + 1):
         for place in range(len(ways)):
-            found = ways[(turn + place) % len(ways)]()
+            found = in_fresh_process(ways[(turn + place) % len(ways)], corpus.folder)
             tokens.add(int(found.pop("tokens")))
             for way, seconds in found.items():
                 taken.setdefault(way, []).append(seconds)
@@ -190,9 +228,13 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--input", default=PYTHON_LIBRARY, help="a folder or file of text; the interpreter's library")
     parser.add_argument("--megabytes", type=float, default=12, help="of text")
+    parser.add_argument("--way", choices=WAYS, help="time this one, once, over the corpus of an earlier call")
+    parser.add_argument("--folder", type=Path, help="where that corpus is")
     options = parser.parse_args()
-    restart_with_kept_blocks()
     os.environ.setdefault("RAYON_NUM_THREADS", str(THREADS))
+    if options.way:
+        in_this_process(options.way, options.folder)
+        return
     with tempfile.TemporaryDirectory() as folder:
         corpus = corpus_of(options.input, int(options.megabytes * 1e6), Path(folder))
         found = measure(corpus, 3 if options.quick else 7)

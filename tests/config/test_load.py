@@ -14,6 +14,8 @@ from moe_dist.config import Config, load_config, parse_config
 from moe_dist.config.load import closest_key, find_problems, key_paths, read_tree, write_yaml
 from moe_dist.errors import ConfigError
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 @pytest.fixture
 def write(tmp_path: Path):
@@ -239,3 +241,8 @@ def test_key_paths_lists_sections_and_keys_in_order() -> None:
     paths = list(key_paths())
     assert len(paths) == len(set(paths))
     assert paths.index("model") < paths.index("model.width") < paths.index("model.moe.top_k") < paths.index("train")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_load_config_of_every_file_that_is_shipped(path: Path) -> None:
+    load_config(path)

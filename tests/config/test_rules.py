@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config import Config, parse_config, rules
+from moe_dist.config import Config, cleaning_rules, parse_config, rules
 from moe_dist.config.load import read_tree, write_yaml
 from moe_dist.config.rules import broken_rules, check_rules
 from moe_dist.errors import ConfigError
@@ -34,6 +34,28 @@ BROKEN = [
     (
         {"data": {"clean": {"rules": ["gopher_stop_words", "gopher_symbol"]}}},
         ("data.clean.rules", "gopher_symbol", "c4_javascript", "data.clean.rules=[gopher_symbols]"),
+    ),
+    (
+        {"data": {"dedup": {"near": {"rows": 4}}}},
+        (
+            "data.dedup.near.rows",
+            4,
+            "looks for none",
+            "data.dedup.near.rows=8, or data.dedup.near.similarity=0.7",
+        ),
+    ),
+    (
+        {"data": {"dedup": {"near": {"similarity": 0.5}}}},
+        ("data.dedup.near.similarity", 0.5, "only 5.3% of pairs", "data.dedup.near.rows=4"),
+    ),
+    (
+        {"data": {"decontaminate": {"text_field": "question"}}},
+        (
+            "data.decontaminate.text_field",
+            "question",
+            "looks for none",
+            "data.decontaminate.text_field=null, or files in data.decontaminate.against",
+        ),
     ),
     (
         {"model": {"moe": {"backend": "grouped", "expert_width": 13}}},
@@ -277,7 +299,8 @@ def test_rule_broken_its_own_fix_passes(tree: dict, expected: tuple, tmp_path: P
 
 
 def test_rules_every_one_is_broken_here() -> None:
-    assert len(BROKEN) == inspect.getsource(rules).count("yield ConfigError(")
+    sources = map(inspect.getsource, (rules, cleaning_rules))
+    assert len(BROKEN) == sum(source.count("yield ConfigError(") for source in sources)
 
 
 def test_rules_defaults_keep_them_all() -> None:

@@ -309,6 +309,11 @@ def test_cleaned_build_holds_each_cleaned_text_once_and_counts_what_it_left_out(
     assert found == sorted([*chapters, *mails, CHINESE_SENTENCE * 4])
     manifest = read_manifest(folder)
     assert manifest.version == 2
+    assert manifest.cleaning is not None
+    assert {source: sorted(rows) for source, rows in manifest.cleaning.pop("content").items()} == {
+        "books": ["en"],
+        "web": ["en", "zh"],
+    }
     assert manifest.cleaning == {
         "documents": {"books": 40, "web": 92},
         "kept": {"books": 30, "web": 2},
@@ -373,5 +378,5 @@ def test_first_copy_stays_even_where_only_a_later_one_would_be_held_out(tmp_path
 
 
 def test_cleaning_that_leaves_nothing_says_so(texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"60 were removed by data\.clean or data\.dedup"):
+    with pytest.raises(DataError, match=r"60 were removed by data\.clean, data\.dedup or data\.decontaminate"):
         build(configure(texts, tmp_path, clean={"languages": ["zh"]}), use_ray=False)

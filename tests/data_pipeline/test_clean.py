@@ -11,7 +11,7 @@ from data_pipeline.documents import Document
 from data_pipeline.language import language_of
 from data_pipeline.page import Page
 from data_pipeline.personal import mask_emails, mask_ip_addresses
-from moe_dist.config.schema import QUALITY_RULES, CleanConfig
+from moe_dist.config.data_schema import QUALITY_RULES, CleanConfig
 from tests.data_pipeline.test_quality import CHINESE, PROSE
 
 
@@ -32,7 +32,15 @@ def kept_text(text: str, **settings: object) -> str:
     + [("Der Hund ist in dem Haus und was nicht ist, kann noch werden, sagte die alte Frau zu ihm.", "other")]
     + [("De hond is in het huis en de kat zit op de mat, of dat was het plan van de oude vrouw.", "other")]
     + [("Le chien est dans la maison et le chat dort sur le lit, mais on ne sait pas pour combien de temps.", "other")]
-    + [("これは日本語の文章です。漢字もあります。", "other"), ("這是一個用繁體字寫的句子。", "zh")],
+    + [("これは日本語の文章です。漢字もあります。", "other"), ("這是一個用繁體字寫的句子。", "zh")]
+    + [("mount 命令的选项 --bind 把目录 olddir 挂载到 newdir：mount --bind olddir newdir 之后两处内容相同。", "zh")]
+    + [
+        (
+            "The word 中文 means Chinese, and it is written with two characters, for the middle and for text.",
+            "en",
+        )
+    ]
+    + [("한국어 문장에 漢字가 몇 개 있습니다. 이것은 중국어가 아닙니다.", "other")],
 )
 def test_language_of_a_text(text: str, language: str) -> None:
     assert language_of(Page(text)) == language

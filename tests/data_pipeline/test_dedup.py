@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.dedup import PRINT_BYTES, document_print, find_repeated, split_hashes
-from data_pipeline.survey import Sampled, Survey, WorkItem, mark_repeated, take_out_repeated
+from data_pipeline.leave_out import mark_repeated, take_out_repeated
+from data_pipeline.survey import Sampled, Survey, WorkItem
+from moe_dist.config.data_schema import DedupConfig
 
 TEXTS = st.lists(st.sampled_from(["a", "b", "c", "a ", "é", "e\u0301", "字"]) | st.text(max_size=4), max_size=40)
 
@@ -37,7 +39,7 @@ def test_survey_without_copies_is_the_survey_of_the_first_ones(texts: list[str],
     found = Survey(documents=len(texts), lowest_hash=0, prints=prints_of(texts))
     found.sample = [Sampled(number, number, text, 1) for number, text in enumerate(texts)]
     found.sources = [(f"s{start}", min(size, len(texts) - start)) for start in range(0, len(texts), size)]
-    repeated = take_out_repeated(found)
+    repeated, _ = take_out_repeated(found, DedupConfig(exact=True))
     assert (found.documents, found.lowest_hash) == (len(first), first[0])
     assert [sampled.split for sampled in found.sample] == first
     assert sum(found.tally.removed.values()) == len(texts) - len(first)

@@ -118,14 +118,33 @@ def test_jsonl_bad_record_is_an_error_in_its_place(input_file: Write, line: byte
     assert words in str(found[1])
 
 
-def test_jsonl_conversations_named_as_the_text_point_to_instruction_tuning(input_file: Write) -> None:
-    record = {"conversations": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
-    file = input_file("sft.jsonl", json.dumps(record).encode())
-    for field in ("text", "conversations"):
-        error = _one_error(file, field)
-        assert error.value == "conversations: turns of a dialogue"
-        assert "instruction tuning" in error.fix
+def test_jsonl_conversations_are_text_only_where_they_are_asked_for(input_file: Write) -> None:
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi", "tools": [1]}]
+    file = input_file("sft.jsonl", json.dumps({"conversations": turns, "chosen": turns[:1]}).encode())
+    error = _one_error(file, "text")
+    assert error.value == "conversations: turns of a dialogue"
+    assert "instruction tuning" in error.fix and "data.text_field=conversations" in error.fix
+    hello, hi = "<|im_start|>user\nhello<|im_end|>\n", "<|im_start|>assistant\nhi<|im_end|>\n"
+    assert _read(file, "conversations")[0].text == hello + hi
+    assert _read(file, "chosen")[0].text == hello
     assert _read(input_file("a.jsonl", b'{"chosen": "a text"}'), "chosen")[0].text == "a text"
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([], "no turn"),
+        ([{"role": "user"}], "turn 0 of conversations is ['role']"),
+        ([{"role": "user", "content": "x"}, {"role": "user", "content": [1]}], "turn 1"),
+        (["x"], "turn 0 of conversations is str"),
+        ([{"role": None, "content": "x"}], "a role and a content"),
+    ],
+)
+def test_jsonl_conversation_with_a_turn_that_says_nothing_is_an_error(
+    input_file: Write, turns: list, words: str
+) -> None:
+    error = _one_error(input_file("sft.jsonl", json.dumps({"conversations": turns}).encode()), "conversations")
+    assert words in str(error) and error.where == "sft.jsonl:1"
 
 
 def test_jsonl_empty_file_is_no_document(input_file: Write) -> None:

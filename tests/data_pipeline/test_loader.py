@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loader import Batch, BatchLoader, heldout_rows, part_of
-from data_pipeline.permutation import row_order
+from data_pipeline.loader import Batch, BatchLoader, TrainingRows, heldout_rows, part_of
+from data_pipeline.mixture import each_once
+from data_pipeline.run_order import RunOrder
 from data_pipeline.shards import TokenSplit
-from moe_dist.errors import CheckpointError, ConfigError, DataError
+from moe_dist.errors import CheckpointError, ConfigError
 
 S = 32
 
@@ -22,15 +23,25 @@ def train(built: Path) -> TokenSplit:
     return TokenSplit(built, "train")
 
 
+def training_of(split: TokenSplit, seed: int = 5) -> TrainingRows:
+    """One source without a name, in windows of a quarter of it."""
+    rows = {"": split.num_rows(S)}
+    return TrainingRows({"": split}, RunOrder(seed, rows, each_once(rows), S, split.num_tokens // 4))
+
+
+def loader_of(split: TokenSplit, *settings: int, **more: int) -> BatchLoader:
+    return BatchLoader(training_of(split), *settings, **more)
+
+
 def _joined(split: TokenSplit, global_batch: int, world_size: int, cursor: int = 0) -> tuple[np.ndarray, list[Batch]]:
-    parts = [next(BatchLoader(split, S, global_batch, 5, rank, world_size, cursor)) for rank in range(world_size)]
+    parts = [next(loader_of(split, global_batch, rank, world_size, cursor)) for rank in range(world_size)]
     return np.concatenate([part.rows for part in parts]), parts
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("global_batch", [1, 5, 16])
 def test_batch_of_all_ranks_joined_is_the_global_batch(train: TokenSplit, world_size: int, global_batch: int) -> None:
-    whole = next(BatchLoader(train, S, global_batch, 5, cursor=11))
+    whole = next(loader_of(train, global_batch, cursor=11))
     rows, parts = _joined(train, global_batch, world_size, cursor=11)
     assert np.array_equal(rows, whole.rows)
     assert [p.first_sample for p in parts] == [11 + global_batch * r // world_size for r in range(world_size)]
@@ -38,7 +49,7 @@ def test_batch_of_all_ranks_joined_is_the_global_batch(train: TokenSplit, world_
 
 
 def test_batch_of_a_rank_without_a_share_is_empty_and_the_next_step_comes(train: TokenSplit) -> None:
-    loader = BatchLoader(train, S, 2, 5, rank=0, world_size=7)
+    loader = loader_of(train, 2, rank=0, world_size=7)
     for step in range(3):
         batch = next(loader)
         assert batch.rows.shape == (0, S + 1)
@@ -46,14 +57,14 @@ def test_batch_of_a_rank_without_a_share_is_empty_and_the_next_step_comes(train:
 
 
 def test_batches_are_the_rows_of_the_order(train: TokenSplit) -> None:
-    batch = next(BatchLoader(train, S, 4, 5, cursor=8))
+    batch = next(loader_of(train, 4, cursor=8))
     for place, row in enumerate(batch.rows):
-        assert np.array_equal(row, train.row(row_order(5, train.num_rows(S), 8 + place), S))
+        assert np.array_equal(row, train.row(training_of(train).locate(8 + place)[1], S))
 
 
 def test_batches_of_an_epoch_have_each_row_once_though_the_batch_does_not_divide_it(train: TokenSplit) -> None:
     num_rows = train.num_rows(S)
-    loader = BatchLoader(train, S, 7, 5)
+    loader = loader_of(train, 7)
     rows = np.concatenate([next(loader).rows for _ in range(num_rows // 7 + 2)])[:num_rows]
     every = np.concatenate(list(train.all_rows(S)))
     assert sorted(map(bytes, rows)) == sorted(map(bytes, every))
@@ -61,7 +72,7 @@ def test_batches_of_an_epoch_have_each_row_once_though_the_batch_does_not_divide
 
 def test_ranks_take_equally_many_steps_past_the_end_of_the_split(train: TokenSplit) -> None:
     steps = 2 * train.num_rows(S) // 9 + 5
-    loaders = [BatchLoader(train, S, 9, 5, rank, 2) for rank in range(2)]
+    loaders = [loader_of(train, 9, rank, 2) for rank in range(2)]
     for loader in loaders:
         for _ in range(steps):
             next(loader)
@@ -73,30 +84,32 @@ def test_ranks_take_equally_many_steps_past_the_end_of_the_split(train: TokenSpl
 def test_resume_at_any_step_with_other_ranks_goes_on_with_the_same_batches(
     train: TokenSplit, steps: int, old: int, new: int
 ) -> None:
-    unbroken = BatchLoader(train, S, 6, 5)
-    stopped = BatchLoader(train, S, 6, 5, rank=old - 1, world_size=old)
+    unbroken = loader_of(train, 6)
+    stopped = loader_of(train, 6, rank=old - 1, world_size=old)
     for _ in range(steps):
         next(unbroken)
         next(stopped)
     parts = []
     for rank in range(new):
-        resumed = BatchLoader(train, S, 6, 5, rank, new)
+        resumed = loader_of(train, 6, rank, new)
         resumed.load_state_dict(stopped.state_dict())
         parts.append(next(resumed).rows)
     assert np.array_equal(np.concatenate(parts), next(unbroken).rows)
 
 
 def test_resume_with_another_global_batch_takes_the_next_sample(train: TokenSplit) -> None:
-    first = BatchLoader(train, S, 6, 5)
+    first = loader_of(train, 6)
     next(first)
-    second = BatchLoader(train, S, 4, 5)
+    second = loader_of(train, 4)
     second.load_state_dict(first.state_dict())
     assert next(second).first_sample == 6
 
 
-@pytest.mark.parametrize("name", ["sequence_length", "seed", "content_sha256", "cursor"])
+@pytest.mark.parametrize(
+    "name", ["order", "sequence_length", "seed", "content_sha256", "mixture_sha256", "window_blocks", "cursor"]
+)
 def test_resume_from_a_state_of_another_order_names_what_differs(train: TokenSplit, name: str) -> None:
-    loader = BatchLoader(train, S, 6, 5)
+    loader = loader_of(train, 6)
     for value in (None, -1, "x"):
         with pytest.raises(CheckpointError, match=f"data order: {name}"):
             loader.load_state_dict({**loader.state_dict(), name: value})
@@ -105,22 +118,17 @@ def test_resume_from_a_state_of_another_order_names_what_differs(train: TokenSpl
 
 def test_resume_with_a_copy_of_the_build_is_allowed(train: TokenSplit, built: Path, tmp_path: Path) -> None:
     shutil.copytree(built, tmp_path / "copy")
-    other = BatchLoader(TokenSplit(tmp_path / "copy", "train"), S, 6, 5)
-    other.load_state_dict(BatchLoader(train, S, 6, 5, cursor=12).state_dict())
+    other = loader_of(TokenSplit(tmp_path / "copy", "train"), 6)
+    other.load_state_dict(loader_of(train, 6, cursor=12).state_dict())
     assert other.cursor == 12
-
-
-def test_loader_of_a_split_without_a_row_is_an_error(train: TokenSplit) -> None:
-    with pytest.raises(DataError, match=f"{train.num_tokens} tokens"):
-        BatchLoader(train, train.num_tokens, 1, 0)
 
 
 def test_loader_of_a_rank_or_size_out_of_range_is_an_error(train: TokenSplit) -> None:
     for change in ({"rank": 2, "world_size": 2}, {"rank": -1}, {"world_size": 0}, {"cursor": -1}):
         with pytest.raises(ConfigError):
-            BatchLoader(train, S, 6, 5, **change)
+            loader_of(train, 6, **change)
     with pytest.raises(ConfigError, match="global_batch"):
-        BatchLoader(train, S, 0, 5)
+        loader_of(train, 0)
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))

@@ -19,7 +19,7 @@ from data_pipeline import packing
 from data_pipeline.bigram import count_bigrams
 from data_pipeline.build import build
 from data_pipeline.lengths import LengthFile, find_lengths, lengths_name, write_lengths
-from data_pipeline.loader import BatchLoader, heldout_rows
+from data_pipeline.loader import BatchLoader, heldout_rows, open_training
 from data_pipeline.manifest import LENGTHS_VERSION, Manifest, read_manifest, write_manifest
 from data_pipeline.packing import PADDING, PackedSplit, best_fit, open_rows, plan_rows, separating_token
 from data_pipeline.shards import ShardWriter, TokenSplit, file_sha256
@@ -154,14 +154,14 @@ def test_loader_of_packed_rows_reads_each_row_once_an_epoch_and_knows_its_packin
     split = open_rows(config, packed, "train")
     assert isinstance(split, PackedSplit)
     count = split.num_rows(32)
-    loader = BatchLoader(split, 32, count, seed=3)
+    loader = BatchLoader(open_training(config, packed), count)
     rows = next(loader).rows
     assert Counter(map(tuple, rows.tolist())) == Counter(tuple(split.row(i, 32).tolist()) for i in range(count))
     assert (rows == PADDING).any() and int((rows[:, 1:] >= 0).sum()) == split.num_tokens
     state = loader.state_dict()
-    BatchLoader(open_rows(config, packed, "train"), 32, 4, seed=3).load_state_dict(state)
-    with pytest.raises(CheckpointError):
-        BatchLoader(TokenSplit(packed, "train"), 32, 4, seed=3).load_state_dict(state)
+    BatchLoader(open_training(config, packed), 4).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="content_sha256"):
+        BatchLoader(open_training(_configure(texts, packed.parent), packed), 4).load_state_dict(state)
     assert heldout_rows(open_rows(config, packed, "heldout"), 32, 3).shape == (3, 33)
 
 

@@ -3,49 +3,37 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.permutation import Shuffle, row_order
+from data_pipeline.permutation import Shuffle
+
+KEYS = [((0, "a"), 0), ((0, "a"), 1), ((1, "a"), 0), ((0, "b"), 0)]
 
 
-@settings(deadline=None)
-@given(st.integers(0, 2**70), st.integers(1, 600), st.integers(0, 5))
-def test_row_order_every_epoch_has_each_row_once(seed: int, num_rows: int, epoch: int) -> None:
-    order = [row_order(seed, num_rows, epoch * num_rows + i) for i in range(num_rows)]
-    assert sorted(order) == list(range(num_rows))
+def test_shuffle_is_the_same_on_every_machine_and_version() -> None:
+    shuffle = Shuffle(7, "test")
+    assert [shuffle.place(value, 1000, 5) for value in (0, 1, 2, 999)] == [174, 119, 337, 186]
 
 
-def test_row_order_is_the_same_on_every_machine_and_version() -> None:
-    assert [row_order(7, 1000, i) for i in (0, 1, 2, 999, 1000, 123_456_789)] == [690, 623, 574, 326, 498, 114]
+def test_shuffle_differs_between_tweaks_seeds_and_purposes() -> None:
+    orders = [Shuffle(*words).places(np.arange(500), 500, tweak).tolist() for words, tweak in KEYS]
+    assert all(a != b for a, b in combinations([*orders, list(range(500))], 2))
 
 
-def test_row_order_differs_between_epochs_and_seeds() -> None:
-    first = [row_order(0, 500, i) for i in range(500)]
-    assert first != [row_order(0, 500, 500 + i) for i in range(500)]
-    assert first != [row_order(1, 500, i) for i in range(500)]
-    assert first != list(range(500))
-
-
-@pytest.mark.parametrize("num_rows", [2, 3, 5, 16, 17])
-def test_row_order_first_row_is_even_over_seeds(num_rows: int) -> None:
-    seen = Counter(row_order(seed, num_rows, 0) for seed in range(300 * num_rows))
-    assert min(seen[row] for row in range(num_rows)) > 300 * 0.7
-
-
-def test_row_order_neighbours_are_spread() -> None:
-    order = [row_order(3, 10_000, i) for i in range(10_000)]
+def test_shuffle_neighbours_are_spread() -> None:
+    order = Shuffle(3, "test").places(np.arange(10_000), 10_000).tolist()
     steps = [abs(a - b) for a, b in pairwise(order)]
     assert abs(sum(steps) / len(steps) - 10_000 / 3) < 150
     assert sum(step == 1 for step in steps) < 12
 
 
-def test_row_order_of_a_huge_split_is_immediate() -> None:
-    assert 0 <= row_order(0, 10**15, 10**18 + 7) < 10**15
+def test_shuffle_of_a_huge_size_is_immediate() -> None:
+    assert 0 <= Shuffle(0, "test").place(10**15 - 1, 10**15, 10**18) < 10**15
 
 
 @settings(deadline=None)
@@ -78,6 +66,6 @@ def test_shuffle_pairs_of_a_tiny_size_are_even_over_many_tweaks() -> None:
 
 
 def test_order_arithmetic_imports_only_numpy() -> None:
-    code = "import sys, data_pipeline.order, data_pipeline.mixture as m; print(*sorted(sys.modules))"
+    code = "import sys, data_pipeline.run_order; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"pyarrow", "torch", "pydantic", "ray"} & {name.partition(".")[0] for name in loaded}

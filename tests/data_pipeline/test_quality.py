@@ -7,7 +7,7 @@ import pytest
 from data_pipeline import quality
 from data_pipeline.page import Page, split_words
 from data_pipeline.quality import LINE_RULES, PAGE_RULES
-from moe_dist.config.schema import QUALITY_RULES
+from moe_dist.config.data_schema import QUALITY_RULES
 
 PROSE = (
     "The river comes down from the hills and has carried sand to the sea for a very long time. In spring it floods the "

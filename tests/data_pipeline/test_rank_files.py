@@ -22,7 +22,7 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.rank_files import ENCODINGS, END_OF_TEXT, convert, kind_of_contents
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from moe_dist.config import parse_config
-from moe_dist.config.schema import TokenizerConfig
+from moe_dist.config.data_schema import TokenizerConfig
 from moe_dist.errors import ConfigError, DataError
 from tests.data_pipeline.test_build import configure
 

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.build import build
+from data_pipeline.manifest import read_manifest
 from data_pipeline.once import Progress
 from data_pipeline.work import WorkFolder, work_folder
 from moe_dist.config import Config, parse_config
@@ -44,6 +46,57 @@ def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = build(_configure(texts, tmp_path_factory.mktemp("undisturbed")), False, steps.append)
     assert len(steps) - 10 < REPORTS < len(steps) - 3
     return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input, its undisturbed build, what its configuration has of its own, and how many reports a build makes."""
+
+    source: Path
+    undisturbed: Path
+    data: dict[str, Any]
+    reports: int
+
+    def tree(self, target: Path) -> dict[str, Any]:
+        return _tree(self.source, target, **self.data)
+
+
+@pytest.fixture(scope="module")
+def cleaned(texts: Path, undisturbed: Path) -> Case:
+    return Case(texts, undisturbed, {}, REPORTS)
+
+
+@pytest.fixture(scope="module")
+def copied(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Text with exact copies, near-duplicates and evaluation text in it, also across work items."""
+    folder = tmp_path_factory.mktemp("copied")
+    source, evaluation = folder / "in", folder / "evaluation"
+    source.mkdir()
+    evaluation.mkdir()
+    question = "which of the seven bridges did nobody cross twice in one and the same walk"
+    (evaluation / "q.jsonl").write_text(json.dumps({"question": question}))
+    draw = random.Random(0)
+    for path in sorted(texts.iterdir()):
+        text = f"{' '.join(f'w{draw.randrange(10**6)}' for _ in range(400))} {path.read_bytes().decode()}"
+        (source / path.name).write_text(text, newline="")
+        number = int(path.stem.removeprefix("text"))
+        if number % 5 == 0:
+            (source / f"u{number:03d}.txt").write_text(f"NEW! {text} the end", newline="")
+        if number % 7 == 0:
+            (source / f"v{number:03d}.txt").write_text(text, newline="")
+        if number % 9 == 0:
+            (source / f"w{number:03d}.txt").write_text(f"{text[:900]} {question} {text[900:1800]}", newline="")
+    data: dict[str, Any] = {"clean": {}, "shard_bytes": 40_000, "dedup": {"exact": True, "near": {"similarity": 0.7}}}
+    data |= {"decontaminate": {"against": [str(evaluation)], "text_field": "question"}}
+    steps: list[Progress] = []
+    undisturbed = build(_configure(source, folder / "out", **data), False, steps.append)
+    account = read_manifest(undisturbed).cleaning
+    assert account is not None
+    assert sum(account["removed"]["exact_duplicate"].values()) == 9
+    assert sum(account["removed"]["near_duplicate"].values()) == 12
+    assert sum(account["removed"]["decontaminated"].values()) == 7
+    assert (len(account["near_duplicates"]), len(account["decontaminated"])) == (12, 7)
+    return Case(source, undisturbed, data, len(steps) - 5)
 
 
 class Builder:
@@ -79,45 +132,49 @@ class Builder:
             return
 
 
-def _kill_and_finish(tree: dict[str, Any], workers: int, kills: int, seed: int) -> tuple[Path, list[dict[str, Any]]]:
-    """Kills builders at random moments of what is left to do, and lets one finish."""
-    draw = random.Random(seed)
+def _prove_kills(case: Case, target: Path, workers: int, kills: int, seed: int) -> None:
+    """Kills builders at random moments of what is left to do, and lets one finish, with the undisturbed bytes."""
+    tree, draw = case.tree(target), random.Random(seed)
     for turn in range(kills):
-        earliest, latest = 1 + REPORTS * turn // kills, REPORTS * (turn + 1) // kills
+        earliest, latest = 1 + case.reports * turn // kills, case.reports * (turn + 1) // kills
         Builder(tree, workers).kill_after(draw.randint(earliest, latest), draw.uniform(0, 0.02))
-    return Builder(tree, workers).finish()
-
-
-def test_build_killed_at_three_moments_ends_with_the_same_bytes(texts: Path, undisturbed: Path, tmp_path: Path) -> None:
-    folder, reports = _kill_and_finish(_tree(texts, tmp_path), workers=0, kills=3, seed=0)
-    assert _files(folder) == _files(undisturbed)
+    folder, reports = Builder(tree, workers).finish()
+    assert _files(folder) == _files(case.undisturbed)
     assert max(report["found"] for report in reports) > 0
-    assert list(tmp_path.iterdir()) == [folder]
+    assert list(target.iterdir()) == [folder]
+
+
+def test_build_killed_at_three_moments_ends_with_the_same_bytes(cleaned: Case, tmp_path: Path) -> None:
+    _prove_kills(cleaned, tmp_path, workers=0, kills=3, seed=0)
+
+
+def test_build_without_copies_killed_at_three_moments_ends_with_the_same_bytes(copied: Case, tmp_path: Path) -> None:
+    _prove_kills(copied, tmp_path, workers=0, kills=3, seed=3)
 
 
 @pytest.mark.slow
-def test_build_killed_at_ten_moments_ends_with_the_same_bytes(texts: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_build_killed_at_ten_moments_ends_with_the_same_bytes(cleaned: Case, copied: Case, tmp_path: Path) -> None:
     for seed in range(3):
-        folder, _ = _kill_and_finish(_tree(texts, tmp_path / str(seed)), workers=0, kills=10, seed=seed)
-        assert _files(folder) == _files(undisturbed)
+        _prove_kills(cleaned, tmp_path / f"cleaned{seed}", workers=0, kills=10, seed=seed)
+        _prove_kills(copied, tmp_path / f"copied{seed}", workers=0, kills=10, seed=seed)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["cleaned", "copied"])
 def test_build_on_ray_killed_at_ten_moments_ends_with_the_same_bytes(
-    texts: Path, undisturbed: Path, tmp_path: Path
+    request: pytest.FixtureRequest, tmp_path: Path, name: str
 ) -> None:
-    folder, reports = _kill_and_finish(_tree(texts, tmp_path), workers=2, kills=10, seed=1)
-    assert _files(folder) == _files(undisturbed)
-    assert max(report["found"] for report in reports) > 0
+    _prove_kills(request.getfixturevalue(name), tmp_path, workers=2, kills=10, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_build_on_any_number_of_workers_gives_the_same_bytes(
-    texts: Path, undisturbed: Path, tmp_path: Path, workers: int
+    cleaned: Case, copied: Case, tmp_path: Path, workers: int
 ) -> None:
-    folder, _ = Builder(_tree(texts, tmp_path), workers).finish()
-    assert _files(folder) == _files(undisturbed)
+    for case in (cleaned, copied):
+        folder, _ = Builder(case.tree(tmp_path), workers).finish()
+        assert _files(folder) == _files(case.undisturbed)
 
 
 def test_build_begun_on_one_path_is_finished_on_the_other(texts: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -158,7 +215,7 @@ def test_build_started_again_does_only_what_is_not_done_and_says_so(
     config = _configure(texts, tmp_path)
     work = _stop_after(config, 40)
     recorded = [json.loads(path.read_bytes()[65:]) for path in work.path.glob("shards-*")]
-    names = {row["file"] for splits in recorded for rows in splits.values() for row in rows}
+    names = {row["file"] for record in recorded for rows in record["shards"].values() for row in rows}
     assert len(names) > 5
     before = {name: (work.build / name).stat().st_ino for name in names}
     folder, last = _go_on(config)
@@ -175,6 +232,17 @@ def test_build_started_again_does_only_what_is_not_done_and_says_so(
 def _tokens(folder: Path, names: set[str] | None) -> int:
     splits = json.loads((folder / "manifest.json").read_text())["splits"].values()
     return sum(row["tokens"] for rows in splits for row in rows if names is None or row["file"] in names)
+
+
+def test_build_without_copies_goes_on_from_examples_and_counts_that_are_done(copied: Case, tmp_path: Path) -> None:
+    """What a stopped one wrote down of examples and languages is all that the next one knows of those items."""
+    config = parse_config(copied.tree(tmp_path))
+    work = _stop_after(config, copied.reports)
+    (work.path / "evaluation-runs").write_bytes(b"torn")
+    folder, last = _go_on(config)
+    assert _files(folder) == _files(copied.undisturbed)
+    assert last["read text"].found == last["read text"].total
+    assert 0.6 * last["write shards"].total < last["write shards"].found < last["write shards"].total
 
 
 @pytest.mark.parametrize("damage", ["flipped", "torn", "empty", "missing"])

@@ -69,6 +69,35 @@ def _shards(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
 
 
+def test_evaluation_text_on_a_store_keeps_out_what_the_local_copy_does(store: Store, tmp_path: Path) -> None:
+    local, source = tmp_path / "evaluation", tmp_path / "in"
+    for folder in (local, source):
+        folder.mkdir()
+    leak = "a question that nobody ever put to anyone in quite these words before"
+    (local / "q.jsonl.gz").write_bytes(gzip.compress(json.dumps({"question": leak}).encode(), mtime=0))
+    for i in range(30):
+        (source / f"{i}.txt").write_text(f"text {i} of many " * 40 + (leak if i % 10 == 0 else ""))
+    store.put_folder("evaluation", local)
+    builds = []
+    for number, against in enumerate((str(local), f"s3://{BUCKET}/evaluation")):
+        settings = {"against": [against], "text_field": "question"}
+        builds.append(build(configure(source, tmp_path / str(number), decontaminate=settings), use_ray=False))
+    cleaning = read_manifest(builds[0]).cleaning
+    assert cleaning is not None
+    assert cleaning["evaluation"]["found_in"] == {"q.jsonl.gz": 3}
+    assert builds[0].name == builds[1].name
+    assert [path.read_bytes() for path in sorted(builds[0].iterdir())] == [
+        path.read_bytes() for path in sorted(builds[1].iterdir())
+    ]
+
+
+def test_evaluation_text_that_a_store_does_not_have_is_named_as_such(store: Store, tmp_path: Path) -> None:
+    against = {"against": [f"s3://{BUCKET}/no/such/folder.jsonl"]}
+    with pytest.raises(StorageError, match=r"data\.decontaminate\.against(.|\n)*the input exists") as caught:
+        build(configure("python-library", tmp_path / "out", decontaminate=against), use_ray=False)
+    assert "data.input" not in caught.value.where + caught.value.fix
+
+
 def _errors(file: InputFile) -> StorageError:
     with pytest.raises(StorageError) as caught:
         list(read_documents(file, "text"))

@@ -17,6 +17,10 @@ FULL = Survey(
     sample=[Sampled(2**64 - 2, 2**63 + 1, "line\r\n\u2028 🙂 \x01", 17), Sampled(3, 4, "", 0)],
     tally=Tally(Counter({"web": 5}), Counter({("NFC", "web"): 2}), Counter({("language", "a/b"): 1})),
     prints=bytearray(range(256)),
+    signatures=bytearray(range(0, 256, 3)),
+    leaked=bytearray(b"\x00\x01\x01"),
+    leaked_by=Counter({"größe.jsonl": 2, "a\udcff.txt": 1}),
+    leaks=[(2**64 - 3, "a\udcff.txt", "größe.jsonl", "a run\n of words"), (1, "b", "c", "")],
     sources=[("web", 5), ("books", 1)],
 )
 

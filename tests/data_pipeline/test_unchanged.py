@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_pipeline.build import build, fingerprint
+from data_pipeline.build import build
+from data_pipeline.fingerprint import fingerprint
 from data_pipeline.listing import list_input
 from data_pipeline.manifest import read_manifest
 from data_pipeline.shards import TokenSplit

@@ -14,7 +14,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from moe_dist.checkpoint import pieces
 from moe_dist.config.schema import OptimizerConfig
-from moe_dist.errors import TrainingFault
 from moe_dist.optim import build_adamw, learning_rate
 from moe_dist.train.evaluate import HeldOut
 from moe_dist.train.loop import Trainer
@@ -147,7 +146,7 @@ def runs_of_two(rank: int, folder: str) -> dict[str, Any]:
 
 def equal_runs(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Bit for bit: every figure but times, and every weight."""
-    untimed = ("seconds", "tokens_per_second", "mfu")
+    untimed = ("seconds", "data_seconds", "tokens_per_second", "mfu")
     rows = [[{k: v for k, v in row.items() if k not in untimed} for row in run["rows"]] for run in (first, second)]
     return rows[0] == rows[1] and all(torch.equal(first["weights"][n], w) for n, w in second["weights"].items())
 
@@ -243,19 +242,14 @@ def one_process(rank: int, folder: str) -> dict[str, Any]:
     before = [p.detach().clone() for p in trainee.model.parameters()]
     with torch.no_grad():
         trainee.model.embedding.weight[0, 0] = math.inf
-    message = ""
-    try:
-        train_step(trainee, torch.zeros(2, 13, dtype=torch.int64), 20)
-    except TrainingFault as fault:
-        message = str(fault)
+    figures = train_step(trainee, torch.zeros(2, 13, dtype=torch.int64), 20)
     after = [p.detach() for p in trainee.model.parameters()]
     kept = all(torch.equal(a, b) for a, b in zip(after[1:], before[1:], strict=True))
-    return {"losses": losses, "dtypes": dtypes, "message": message, "kept": kept}
+    return {"losses": losses, "dtypes": dtypes, "skipped": figures.skipped, "kept": kept}
 
 
-def test_bf16_trains_fp32_weights_and_an_infinite_gradient_stops_before_any_update(tmp_path):
+def test_bf16_trains_fp32_weights_and_an_infinite_gradient_is_no_update(tmp_path):
     (found,) = run_gang(one_process, 1, str(tmp_path))
     assert found["losses"][-1] < found["losses"][0] - 0.5
     assert found["dtypes"] == {torch.float32}
-    assert "step 21" in found["message"] and "gradient" in found["message"]
-    assert found["kept"]
+    assert found["skipped"] and found["kept"]
