@@ -7,9 +7,10 @@ folder, and take turns within each round, the first place changing. `disk` write
 block of memory, through the page cache with an fsync and past it, and the faster of the two counts. Ours verifies all
 that it reads. Files are dropped from the page cache before they are read. `share_of_disk` is the median over the
 rounds of the disk's time by that of the way. Of the saves beside training, `seconds` is how long training waits,
-`until_published` how long it takes in all, and `step_ratio` what the step that follows takes, with the save under way,
-over the median of steps without one. `--json` ends with one object: {"rows": [{way, seconds, megabytes_per_second,
-share_of_disk, until_published, step_ratio}], "megabytes", "step_seconds", "hashes": {name: gigabytes_per_second}}.
+`until_published` how long it takes with that step in all, and `step_ratio` what the step that follows takes,
+with the save under way, over the median of steps without one. `--json` ends with one object: {"rows": [{way, seconds,
+megabytes_per_second, share_of_disk, until_published, step_ratio}], "megabytes", "step_seconds",
+"hashes": {name: gigabytes_per_second}}.
 """
 
 from __future__ import annotations
