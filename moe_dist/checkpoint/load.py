@@ -94,7 +94,7 @@ def load_training_state(path: Path, manifest: Manifest, model: Transformer, opti
     """
     check_names(path, manifest, model.config)
     pieces.prepare_moments(optimizer, manifest.step)
-    with Reader(path, manifest) as reader, torch.no_grad():
+    with Reader(path, manifest, beside=True) as reader, torch.no_grad():
         for of_parameter, tensors in pieces.parameters_here(model, optimizer):
             for kind, held in tensors.items():
                 here, rows = local(held), rows_here(held) if held.ndim else range(1)
@@ -120,7 +120,7 @@ def load_model(path: Path, manifest: Manifest, device: torch.device) -> Transfor
     model.to_empty(device=device)
     if config.train.precision == "fp64":
         model.to(torch.float64)
-    with Reader(path, manifest) as reader, torch.no_grad():
+    with Reader(path, manifest, beside=True) as reader, torch.no_grad():
         for piece in global_tensors(model):
             reader.copy(f"model/{piece.name}", piece.of(model.get_parameter(piece.parameter).detach()))
         for name, buffer in pieces.buffers_here(model).items():

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from moe_dist.errors import CheckpointError
 from moe_dist.model.naming import Cut
 
 _AHEAD_BYTES = 32 * 2**20
+_THREADS = 4  # that read beside: two wait for the disk while two hash
 DAMAGED = "the file is damaged: use an older checkpoint"
 
 
@@ -31,10 +34,14 @@ class Reader:
     Args:
         path: The checkpoint.
         manifest: Its proven manifest.
+        beside: Chunks are read and proven by threads, several at once. What `copy` fills is then there, and damage is
+            raised, only when the reader is left.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, beside: bool = False) -> None:
         self.path, self.manifest = path, manifest
+        self._pool = ThreadPoolExecutor(_THREADS, "checkpoint-read") if beside else None
+        self._pending: deque[Future[memoryview]] = deque()
         self._open: dict[str, int] = {}
         self._chunk = memoryview(bytearray(0))
         self._places: dict[str, tuple[int, int]] = {}
@@ -42,10 +49,24 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._open.values():
-            os.close(handle)
-        self._open.clear()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._drain(0 if kind is None else None)
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+            for handle in self._open.values():
+                os.close(handle)
+            self._open.clear()
+
+    def _drain(self, left: int | None) -> None:
+        """Waits until no more than so many chunks are at work, or for none where an error is on its way already.
+
+        Raises:
+            CheckpointError: One of them is not what was written.
+        """
+        while left is not None and len(self._pending) > left:
+            self._pending.popleft().result()
 
     def copy(self, name: str, target: Tensor, cut: Cut | None = None, rows: range | None = None) -> None:
         """Copies a tensor, or the part of it that is held here.
@@ -77,6 +98,7 @@ class Reader:
             return
         read = torch.empty([sum(map(len, spans)), *entry.shape[1:]] if entry.shape else [], dtype=target.dtype)
         self._fill(name, read, spans)
+        self._drain(0)
         target.copy_(read if cut is None or cut.dim == 0 else cut.take(read))
 
     def tensor(self, name: str) -> Tensor:
@@ -84,6 +106,7 @@ class Reader:
         _, entry = self._entry(name)
         value = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         self.copy(name, value)
+        self._drain(0)
         return value
 
     def part(self, part: Part) -> int:
@@ -167,19 +190,29 @@ class Reader:
                 last = min(first + CHUNK_BYTES, entry.num_bytes)
                 take = min(end, last) - place
                 room = into[filled : filled + take]
-                if take == last - first:
+                if take == last - first and self._pool is not None:
+                    self._begin_chunk(part, name, entry, number, room)
+                elif take == last - first:
                     self._proven_chunk(part, name, entry, number, room)
                 else:
                     chunk = self._proven_chunk(part, name, entry, number, None)
                     room[:] = chunk[place - first : place - first + take]
                 place, filled = place + take, filled + take
 
+    def _begin_chunk(self, part: Part, name: str, entry: Entry, number: int, into: memoryview) -> None:
+        """Has a thread read and prove one chunk, once there are not too many at work."""
+        assert self._pool is not None, "only a reader that reads beside begins a chunk"
+        self.part(part)  # opened and compared here: threads only read
+        self._drain(2 * _THREADS)
+        self._pending.append(self._pool.submit(self._proven_chunk, part, name, entry, number, into))
+
     def _proven_chunk(self, part: Part, name: str, entry: Entry, number: int, into: memoryview | None) -> memoryview:
         """Reads one chunk, into a place of its own unless it is given another, and proves it."""
         handle = self.part(part)
         first = entry.start + number * CHUNK_BYTES
         size = min(CHUNK_BYTES, entry.end - first)
-        self._read_ahead(part, handle, first, first + size)
+        if self._pool is None:
+            self._read_ahead(part, handle, first, first + size)
         if into is None:
             if len(self._chunk) < size:
                 self._chunk = memoryview(bytearray(CHUNK_BYTES))
