@@ -1,7 +1,8 @@
 """The config tree: every key with its type, unit, default and meaning. Frozen and strict; it holds no behaviour.
 
-What sections are made of is in `section.py`; those about data are in `data_schema.py`, what a run watches of itself
-in `watch_schema.py`. Rules that join several keys are in `rules.py`; reading files and overrides is in `load.py`.
+What sections are made of is in `section.py`; those about the model are in `model_schema.py`, those about data in
+`data_schema.py`, what a run watches of itself in `watch_schema.py`. Rules that join several keys are in `rules.py`;
+reading files and overrides is in `load.py`.
 """
 
 from __future__ import annotations
@@ -11,112 +12,13 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from moe_dist.config.data_schema import DataConfig
+from moe_dist.config.model_schema import ModelConfig
 from moe_dist.config.section import Section, key, section
 from moe_dist.config.watch_schema import WatchConfig
 
 
 class RunConfig(Section):
     dir: str = key("runs/default", "Directory of this run: resolved config, metrics, checkpoints, logs.", "path")
-
-
-class MoEConfig(Section):
-    num_experts: int = key(8, "Routed experts of a layer.", "experts", ge=2)
-    router: Literal["softmax_topk", "sigmoid_topk", "switch", "gshard", "noisy_topk", "expert_choice", "hash"] = key(
-        "softmax_topk", "How experts and tokens find each other; each kind is explained in docs/moe.md."
-    )
-    top_k: int = key(2, "Experts that each token is sent to (in the mean, with expert_choice).", "experts", ge=1)
-    expert_width: int = key(256, "Inner width of a routed expert.", "channels", ge=1)
-    shared_expert_width: int = key(256, "Inner width of the expert every token passes; 0 for none.", "channels", ge=0)
-    shared_expert_gate: bool = key(
-        False, "The shared expert's output is weighed by a sigmoid of the token (Qwen2-MoE)."
-    )
-    activation: Literal["swiglu", "gelu", "relu"] = key(
-        "swiglu", "Routed experts: a gated pair of projections with SiLU, or one projection with GELU or ReLU."
-    )
-    latent_width: int | None = key(
-        None,
-        "Routed experts work in a space of this width, to which tokens are projected before dispatch and from which "
-        "they return after it; null is the model's own width.",
-        "channels",
-        ge=1,
-    )
-    weigh: Literal["output", "input"] = key(
-        "output", "Gate weights multiply what an expert returns, or what it receives (Llama 4)."
-    )
-    router_bias: bool = key(False, "The router's linear map has a learned bias (gpt-oss).")
-    normalize_gates: bool = key(True, "Gate weights of a token's chosen experts sum to one (before `gate_scale`).")
-    gate_scale: float = key(1.0, "Factor on the gate weights.", gt=0)
-    num_groups: int = key(1, "Groups of neighbouring experts, of which a token sees only the best.", "groups", ge=1)
-    groups_per_token: int = key(1, "Groups that a token may choose its experts from.", "groups", ge=1)
-    selection_bias: bool = key(
-        False, "Balance without a loss: a bias on the scores, for the choice alone, that moves against the load."
-    )
-    bias_update_rate: float = key(0.001, "Step of the selection bias at each optimizer update.", ge=0)
-    input_jitter: float = key(
-        0.0, "In training, the router's input is multiplied by uniform numbers within 1 plus or minus this.", ge=0, lt=1
-    )
-    capacity_factor: float | None = key(
-        None, "Rows an expert takes of each sequence, as a multiple of an even share; null drops nothing.", gt=0
-    )
-    capacity_factor_eval: float | None = key(None, "The same in evaluation and generation.", gt=0)
-    min_capacity: int = key(1, "An expert takes at least this many rows of a capacity group.", "rows", ge=1)
-    capacity_group: Literal["sequence", "rank"] = key(
-        "sequence",
-        "Tokens that an expert's capacity is counted for: each sequence, which no layout changes, or all that a rank "
-        "takes through the model at once, as other trainers do.",
-    )
-    pad_to_capacity: bool = key(
-        False, "Every expert always computes as many rows as its capacity, empty ones too: static shapes."
-    )
-    drop_policy: Literal["probability", "position_token_major", "position_choice_major"] = key(
-        "probability",
-        "Who loses when an expert is full: the least probable tokens; the latest, all choices of a token side by side; "
-        "or the latest, where all first choices come before any second choice (GShard).",
-    )
-    renormalize_after_drop: bool = key(False, "After drops, the remaining gate weights of a token sum as before.")
-    balance_loss: float = key(0.01, "Coefficient of the load-balancing loss (Switch form).", ge=0)
-    balance_scope: Literal["sequence", "micro_batch", "global"] = key(
-        "sequence",
-        "Tokens over which balance is asked for: each sequence; those a rank takes through the model at once, which "
-        "depends on the layout; or the whole global batch.",
-    )
-    global_balance: Literal["exact", "micro_step", "running"] = key(
-        "exact",
-        "Where balance_scope=global and micro-batches are accumulated: counts of the whole global batch, from a first "
-        "pass without gradient; of this micro-batch over all ranks; or of the micro-batches so far.",
-    )
-    group_balance_loss: float = key(
-        0.0, "Coefficient of the balance loss over num_groups groups of experts (DeepSeek-V2, device level).", ge=0
-    )
-    z_loss: float = key(0.001, "Coefficient of the router z-loss.", ge=0)
-    backend: Literal["auto", "grouped", "loop", "batched", "reference"] = key(
-        "auto",
-        "How the experts multiply: F.grouped_mm, a loop of matrix products, one batched product (with "
-        "pad_to_capacity), plainly by autograd, or by what the device is good at.",
-    )
-    recompute_experts: Literal["nothing", "activation", "projections"] = key(
-        "activation",
-        "What the `loop` back end computes again in the backward pass rather than keeps: nothing, the elementwise "
-        "activation, or the first projections too.",
-    )
-
-
-class ModelConfig(Section):
-    vocab_size: int = key(
-        2048, "Rows of the embedding; a tokenizer trained by us has at most this size.", "tokens", ge=258
-    )
-    num_layers: int = key(4, "Decoder blocks.", "layers", ge=1)
-    num_dense_layers: int = key(0, "Leading blocks with a dense feed-forward in place of experts.", "layers", ge=0)
-    width: int = key(256, "Width of the residual stream.", "channels", ge=2)
-    num_heads: int = key(4, "Query heads.", "heads", ge=1)
-    num_kv_heads: int = key(2, "Key/value heads; each serves an equal group of query heads.", "heads", ge=1)
-    head_width: int = key(64, "Width of a head; even, for the rotary embedding.", "channels", ge=2)
-    ffn_width: int = key(704, "Inner width of the dense feed-forward.", "channels", ge=1)
-    rope_theta: float = key(10_000.0, "Base of the rotary embedding.", gt=1)
-    norm_eps: float = key(1e-5, "Epsilon inside RMSNorm.", gt=0)
-    tie_embeddings: bool = key(True, "The output projection is the embedding itself.")
-    init_std: float = key(0.02, "Standard deviation of initial weights; residual outputs are scaled down.", gt=0)
-    moe: MoEConfig = section(MoEConfig, "The mixture-of-experts layer.")
 
 
 class ParallelConfig(Section):

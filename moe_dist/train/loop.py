@@ -16,6 +16,7 @@ from moe_dist.checkpoint.agree import on_first_rank
 from moe_dist.checkpoint.load import load_training_state, restore_newest
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.checkpoint.save import Saved, Saver
+from moe_dist.config import parse_config
 from moe_dist.errors import CheckpointError
 from moe_dist.parallel.waits import counted_waits
 from moe_dist.train.alarms import Alarms
@@ -73,7 +74,8 @@ class Trainer:
 
     def _accept(self, path: Path, manifest: Manifest) -> None:
         """That a checkpoint is of this model, at its place in this data."""
-        before, now = manifest.config, self.config.model_dump(mode="json")
+        # Parsed, so that a key which is newer than the checkpoint has its default there.
+        before, now = parse_config(manifest.config).model_dump(mode="json"), self.config.model_dump(mode="json")
         _check_same_model(path, before["model"], now["model"])
         old, new = ({"documents": tree["data"].get("documents", "joined")} for tree in (before, now))
         _check_same_model(path, old, new, "data")
