@@ -19,7 +19,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, number)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         dense = number < config.num_dense_layers
         self.feed_forward = FeedForward(config.width, config.ffn_width) if dense else _moe_layer(config, number)

@@ -20,6 +20,7 @@ _SIZES = {
 _EXPERT_SIZES = ("expert_width", "shared_expert_width", "latent_width")
 _MOST_EXPERT_WIDTH = 8
 _LENGTH_TOKENS, _ROWS = 12, 8
+_MOST_WINDOW_TOKENS = 4  # less than a row
 
 
 def shrunk(config: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
@@ -36,6 +37,9 @@ def shrunk(config: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
     for name, most in _SIZES.items():
         model[name] = min(model[name], most)
     model["num_heads"] = model["num_kv_heads"] * (2 if per_key_head else 1)
+    asked = model["attention"]
+    asked["window_tokens"] = asked["window_tokens"] and min(asked["window_tokens"], _MOST_WINDOW_TOKENS)
+    asked["full_every_layers"] = min(asked["full_every_layers"], model["num_layers"])
     layers, all_dense = model["num_layers"], dense >= config.model.num_layers
     model["num_dense_layers"] = layers if all_dense else min(dense, layers - 1)
     model["init_std"] = max(model["init_std"], 0.3)
