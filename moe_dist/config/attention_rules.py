@@ -11,6 +11,13 @@ from moe_dist.errors import ConfigError
 def attention_rules(model: ModelConfig) -> Iterator[ConfigError]:
     """What options of attention demand of each other."""
     asked = model.attention
+    name = "model.attention.latent.rope_width" if asked.kind == "latent" else "model.head_width"
+    turned = asked.latent.rope_width if asked.kind == "latent" else model.head_width
+    if turned % 2:
+        rule = "must be even: the rotary embedding turns pairs of channels"
+        yield ConfigError(name, turned, rule, f"{name}={turned + 1}")
+    if asked.kind == "latent":
+        yield from _latent_rules(model)
     if asked.full_every_layers and asked.window_tokens is None:
         yield ConfigError(
             "model.attention.full_every_layers",
@@ -25,10 +32,36 @@ def attention_rules(model: ModelConfig) -> Iterator[ConfigError]:
             "with 1 no block has the window that model.attention.window_tokens asks for",
             "model.attention.full_every_layers=2, or model.attention.window_tokens=null",
         )
-    yield from _scaling_rules(model)
+    yield from _scaling_rules(model, turned)
 
 
-def _scaling_rules(model: ModelConfig) -> Iterator[ConfigError]:
+def _latent_rules(model: ModelConfig) -> Iterator[ConfigError]:
+    """What latent attention has no place for."""
+    asked = model.attention
+    if model.num_kv_heads != model.num_heads:
+        yield ConfigError(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            f"latent attention makes keys and values for each of model.num_heads ({model.num_heads})",
+            f"model.num_kv_heads={model.num_heads}",
+        )
+    if asked.qk_norm != "none":
+        yield ConfigError(
+            "model.attention.qk_norm",
+            asked.qk_norm,
+            "latent attention norms what queries, keys and values are made from, and not these",
+            "model.attention.qk_norm=none",
+        )
+    if asked.qkv_bias:
+        yield ConfigError(
+            "model.attention.qkv_bias",
+            True,
+            "the projections of latent attention have no bias",
+            "model.attention.qkv_bias=false",
+        )
+
+
+def _scaling_rules(model: ModelConfig, turned: int) -> Iterator[ConfigError]:
     """What stretching the rotary embedding demands."""
     scaling = model.rope_scaling
     plain = type(scaling)()
@@ -42,11 +75,11 @@ def _scaling_rules(model: ModelConfig) -> Iterator[ConfigError]:
                 f"is not read with model.rope_scaling.kind={scaling.kind}",
                 f"model.rope_scaling.{name}={_written(getattr(plain, name))}",
             )
-    if scaling.kind == "ntk" and model.head_width < 4:
+    if scaling.kind == "ntk" and turned < 4:
         yield ConfigError(
             "model.rope_scaling.kind",
             "ntk",
-            f"stretches the base by what the slowest of several pairs needs; a head turns {model.head_width} channels",
+            f"stretches the base by what the slowest of several pairs needs; a head turns {turned} channels",
             "model.rope_scaling.kind=linear",
         )
     if scaling.kind != "yarn":
@@ -58,19 +91,22 @@ def _scaling_rules(model: ModelConfig) -> Iterator[ConfigError]:
             f"must be less than model.rope_scaling.beta_fast ({scaling.beta_fast})",
             f"model.rope_scaling.beta_slow={scaling.beta_fast / 2}",
         )
-    if (scaling.mscale is None) != (scaling.mscale_all_dim is None):
+    weights = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+    given = [name for name, value in weights.items() if value is not None]
+    for name in given if model.attention.kind != "latent" else ():
         yield ConfigError(
-            "model.rope_scaling.mscale",
-            scaling.mscale,
-            f"goes with model.rope_scaling.mscale_all_dim ({scaling.mscale_all_dim}): both or none",
-            f"model.rope_scaling.mscale={'null' if scaling.mscale_all_dim is None else scaling.mscale_all_dim}",
-        )
-    if scaling.mscale_all_dim is not None and model.attention.kind != "latent":
-        yield ConfigError(
-            "model.rope_scaling.mscale_all_dim",
-            scaling.mscale_all_dim,
+            f"model.rope_scaling.{name}",
+            weights[name],
             f"is read by latent attention only; model.attention.kind is {model.attention.kind}",
-            "model.rope_scaling.mscale_all_dim=null model.rope_scaling.mscale=null",
+            f"model.rope_scaling.{name}=null",
+        )
+    if len(given) == 1 and model.attention.kind == "latent":
+        (other,) = weights.keys() - given
+        yield ConfigError(
+            f"model.rope_scaling.{other}",
+            None,
+            f"goes with model.rope_scaling.{given[0]} ({weights[given[0]]}): both or none",
+            f"model.rope_scaling.{other}={weights[given[0]]}",
         )
 
 

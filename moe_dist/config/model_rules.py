@@ -15,7 +15,6 @@ _NOT_BUILT = (
     "ffn_activation",
     "ffn_bias",
     "mix.kind",
-    "attention.kind",
     "positions",
     "norm",
     "mtp_layers",

@@ -66,13 +66,6 @@ def _model_rules(config: Config) -> Iterator[ConfigError]:
             f"must divide model.num_heads ({model.num_heads})",
             f"model.num_kv_heads={nearest}",
         )
-    if model.head_width % 2:
-        yield ConfigError(
-            "model.head_width",
-            model.head_width,
-            "must be even: the rotary embedding turns pairs of channels",
-            f"model.head_width={model.head_width + 1}",
-        )
     if model.num_dense_layers > model.num_layers:
         yield ConfigError(
             "model.num_dense_layers",

@@ -15,7 +15,7 @@ divided. Source: Korthikanti et al. 2022 (sequence parallelism), here over the t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moe_dist.model.attention import Attention
 from moe_dist.model.block import Block
 from moe_dist.model.feed_forward import FeedForward
+from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.naming import Cut, GlobalTensor
 from moe_dist.model.norm import RMSNorm
 from moe_dist.model.transformer import Transformer
@@ -163,12 +164,17 @@ class CutRMSNorm(nn.Module):
         return (exact * torch.rsqrt(mean + self.eps) * self.weight.to(exact.dtype)).to(x.dtype)
 
 
-def _cut_heads(attention: Attention, cut: Cut, group: dist.ProcessGroup) -> None:
-    """Leaves attention its part of the heads; what heads share stays whole."""
-    for name in ("query", "key", "value"):
-        setattr(attention, name, _cut_linear(getattr(attention, name), cut))
+def _cut_heads(attention: Attention | LatentAttention, cut: Cut, group: dist.ProcessGroup) -> None:
+    """Leaves attention its part of the heads.
+
+    What heads share stays whole, and every rank makes it of all tokens: norms of a head, and the way down to latents.
+    A rank has the part of its gradient that comes through its heads, so that it too is summed over all ranks.
+    """
+    for name, linear in list(attention.named_children()):
+        if name in ("query", "key", "value", "query_up", "kv_up"):
+            setattr(attention, name, _cut_linear(cast(nn.Linear, linear), cut))
     attention.output = _cut_linear(attention.output, replace(cut, dim=1))
-    if attention.qk_norm == "whole":
+    if isinstance(attention, Attention) and attention.qk_norm == "whole":
         for name in ("query_norm", "key_norm"):
             setattr(attention, name, CutRMSNorm(getattr(attention, name), cut, group))
     if attention.sinks is not None:
@@ -186,7 +192,7 @@ def _cut_linear(whole: nn.Linear, cut: Cut) -> nn.Linear:
     return held
 
 
-def _exchange_around(module: Attention | FeedForward, group: dist.ProcessGroup) -> None:
+def _exchange_around(module: Attention | LatentAttention | FeedForward, group: dist.ProcessGroup) -> None:
     """Lets a module see all tokens and gives on the sums of those here."""
     last = module.down if isinstance(module, FeedForward) else module.output
 

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from moe_dist.errors import ConfigError
 from moe_dist.model.attention import attend, window_of
 from moe_dist.model.flops import training_flops_per_token
 from moe_dist.model.places import document_positions, places_of
@@ -97,27 +96,3 @@ def test_first_weights_of_vectors_have_no_effect():
     attention = model.blocks[0].attention
     assert not attention.query.bias.any() and not attention.output.bias.any() and not attention.sinks.any()
     assert (attention.query_norm.weight == 1).all() and attention.key_norm.weight.shape == (16,)
-
-
-WRONG = [
-    ({"attention": {"full_every_layers": 2}}, "model.attention.full_every_layers", "full_every_layers=0"),
-    ({"attention": {"full_every_layers": 1, "window_tokens": 4}}, "model.attention.full_every_layers", "_layers=2"),
-    ({"rope_scaling": {"factor": 2.0}}, "model.rope_scaling.factor", "factor=1.0"),
-    ({"rope_scaling": {"kind": "linear", "beta_fast": 2.0}}, "model.rope_scaling.beta_fast", "beta_fast=32.0"),
-    ({"rope_scaling": {"kind": "ntk", "mscale": 1.0}}, "model.rope_scaling.mscale", "mscale=null"),
-    ({"head_width": 2, "rope_scaling": {"kind": "ntk", "factor": 2.0}}, "model.rope_scaling.kind", "kind=linear"),
-    ({"rope_scaling": {"kind": "yarn", "beta_slow": 40.0}}, "model.rope_scaling.beta_slow", "beta_slow=16.0"),
-    ({"rope_scaling": {"kind": "yarn", "mscale": 1.0}}, "model.rope_scaling.mscale", "mscale=null"),
-    (
-        {"rope_scaling": {"kind": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}},
-        "model.rope_scaling.mscale_all_dim",
-        "mscale_all_dim=null",
-    ),
-]
-
-
-@pytest.mark.parametrize(("model", "where", "fix"), WRONG)
-def test_options_that_do_not_go_together_are_refused_with_a_fix(model, where, fix):
-    with pytest.raises(ConfigError) as caught:
-        small_config(model=model)
-    assert caught.value.where == where and fix in caught.value.fix

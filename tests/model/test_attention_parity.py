@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     GptOssConfig,
     LlamaConfig,
     OlmoeConfig,
@@ -17,6 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 from transformers.models.olmoe import modeling_olmoe
@@ -25,6 +29,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from moe_dist.config import ModelConfig
 from moe_dist.model.attention import Attention, window_of
+from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.places import places_of
 from moe_dist.model.rope import frequencies, rope_table
 from tests.support.models import small_config
@@ -33,9 +38,20 @@ from tests.support.tolerances import assert_close
 WIDTH, HEADS, KV_HEADS, HEAD, LENGTH, WINDOW = 32, 4, 2, 8, 24, 5
 SIZES = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD}
 YARN = {"factor": 8.0, "beta_fast": 4.0, "beta_slow": 0.5}
+OUR_YARN = {"kind": "yarn", "original_tokens": 16, **YARN}
 THEIR_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 16, **YARN}
 OUR_NAMES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
-OUR_NAMES |= {"q_norm": "query_norm", "k_norm": "key_norm"}
+OUR_NAMES |= {"q_norm": "query_norm", "k_norm": "key_norm", "q_a_proj": "query_down", "q_a_layernorm": "query_norm"}
+OUR_NAMES |= {
+    "q_b_proj": "query_up",
+    "kv_a_proj_with_mqa": "kv_down",
+    "kv_a_layernorm": "kv_norm",
+    "kv_b_proj": "kv_up",
+}
+LATENT = {"kv_rank": 12, "rope_width": HEAD, "value_width": 6}
+THEIR_LATENT = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "kv_lora_rank": 12}
+THEIR_LATENT |= {"qk_rope_head_dim": HEAD, "qk_nope_head_dim": 10, "v_head_dim": 6}
+OUR_LATENT = {"num_kv_heads": HEADS, "head_width": 10, "norm_eps": 1e-6}
 
 
 def plain_rope(**more: Any) -> dict[str, Any]:
@@ -89,10 +105,45 @@ FAMILIES: dict[str, tuple[Any, PretrainedConfig, dict[str, Any], dict[str, Any],
                 "window_tokens": WINDOW,
                 "full_every_layers": 2,
             },
-            {"rope_scaling": {"kind": "yarn", "original_tokens": 16, "whole_bounds": False, **YARN}},
+            {"rope_scaling": {**OUR_YARN, "whole_bounds": False}},
             number,
         )
         for number in (0, 1)
+    },
+    "DeepSeek-V2, temperatures": (
+        (modeling_deepseek_v2.DeepseekV2Attention, modeling_deepseek_v2.DeepseekV2RotaryEmbedding),
+        DeepseekV2Config(
+            **THEIR_LATENT, q_lora_rank=14, rope_parameters={**THEIR_YARN, "mscale": 0.707, "mscale_all_dim": 0.9}
+        ),
+        {"kind": "latent", "latent": {**LATENT, "query_rank": 14}},
+        {
+            **OUR_LATENT,
+            "rope_pairing": "interleaved",
+            "rope_scaling": {**OUR_YARN, "mscale": 0.707, "mscale_all_dim": 0.9},
+        },
+        0,
+    ),
+    "DeepSeek-V2, plain queries": (
+        (modeling_deepseek_v2.DeepseekV2Attention, modeling_deepseek_v2.DeepseekV2RotaryEmbedding),
+        DeepseekV2Config(**THEIR_LATENT, q_lora_rank=None, rope_parameters=plain_rope()),
+        {"kind": "latent", "latent": LATENT},
+        {**OUR_LATENT, "rope_pairing": "interleaved"},
+        0,
+    ),
+    **{
+        f"DeepSeek-V3, {pairing}": (
+            (modeling_deepseek_v3.DeepseekV3Attention, modeling_deepseek_v3.DeepseekV3RotaryEmbedding),
+            DeepseekV3Config(
+                **THEIR_LATENT,
+                q_lora_rank=14,
+                rope_interleave=pairing == "interleaved",
+                rope_parameters={**THEIR_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            ),
+            {"kind": "latent", "latent": {**LATENT, "query_rank": 14}},
+            {**OUR_LATENT, "rope_pairing": pairing, "rope_scaling": {**OUR_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+            0,
+        )
+        for pairing in ("interleaved", "half")
     },
 }
 
@@ -141,7 +192,8 @@ def test_attention_equals_that_of_transformers(name):
     config = our_config(attention, more)
     x = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
     module, expected = their_output(parts, theirs, window_of(config, number), x, number)
-    ours = with_their_weights(Attention(config, number), module, OUR_NAMES)
+    ours = (LatentAttention if config.attention.kind == "latent" else Attention)(config, number)
+    ours = with_their_weights(ours, module, OUR_NAMES)
     with torch.no_grad():
         assert_close(ours(x, places_of(None, LENGTH, config, x)), expected.detach(), name)
 

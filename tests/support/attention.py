@@ -28,4 +28,27 @@ ATTENTION: dict[str, dict[str, Any]] = {
         "rope_pairing": "interleaved",
         "rope_scaling": {"kind": "ntk", "factor": 4.0},
     },
+    "latent, compressed queries, temperatures": {
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_width": 6,
+        "attention": {
+            "kind": "latent",
+            "output_bias": True,
+            "latent": {"query_rank": 10, "kv_rank": 12, "rope_width": 4, "value_width": 5},
+        },
+        "rope_pairing": "interleaved",
+        "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+    },
+    "latent, plain queries, sinks, windows": {
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "attention": {
+            "kind": "latent",
+            "sinks": True,
+            "window_tokens": 4,
+            "full_every_layers": 2,
+            "latent": {"kv_rank": 12, "rope_width": 4, "value_width": 8},
+        },
+    },
 }
