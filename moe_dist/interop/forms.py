@@ -55,6 +55,4 @@ ALTERNATING = Form(
     lambda ours: [ours.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)],
 )
 # [D, 2F], whose columns are such.
-ALTERNATING_COLUMNS = Form(
-    lambda theirs: ALTERNATING.ours([theirs[0].T]), lambda ours: [ALTERNATING.theirs(ours)[0].T]
-)
+ALTERNATING_COLUMNS = Form(lambda theirs: ALTERNATING.ours([theirs[0].T]), lambda ours: [ALTERNATING.theirs(ours)[0].T])

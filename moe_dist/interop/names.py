@@ -1,7 +1,7 @@
 """Which of their tensors each of ours is made of: tables from our global names to theirs.
 
-`{n}` is the number of a block and `{e}` that of an expert. A name of theirs that ends in `[e]` means row e of a tensor in
-which all experts are stacked.
+`{n}` is the number of a block and `{e}` that of an expert. A name of theirs that ends in `[e]` means row e of
+a tensor in which all experts are stacked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from moe_dist.errors import ExchangeError
 from moe_dist.interop.forms import ALTERNATING, ALTERNATING_COLUMNS, GATE_AND_UP, SAME, TRANSPOSED, Form
 
-Table = Mapping[str, tuple[tuple[str, ...], Form]]
+Table = dict[str, tuple[tuple[str, ...], Form]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,10 @@ _GROUPED = {
     for ours, theirs in _PROJECTIONS.items()
     for kind in ("weight", "bias")
 }
-_QK_NORM = {"attention.query_norm.weight": "self_attn.q_norm.weight", "attention.key_norm.weight": "self_attn.k_norm.weight"}
+_QK_NORM = {
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
+}
 _ROUTER = {"feed_forward.router.weight": "mlp.gate.weight"}
 
 LLAMA: Table = _ENDS | _in_block(_same(_NORMS | _GROUPED) | gated("feed_forward", "mlp"))
