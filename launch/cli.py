@@ -21,10 +21,11 @@ import typer
 from launch import data_commands
 from launch.checkpoint_commands import checkpoint_app
 from launch.config_commands import config_app
+from launch.exchange_commands import exchange_app
 from launch.exit_codes import ExitCode
 from launch.failure import RankCrash
 from launch.routing_commands import routing_app
-from launch.run_directory import prepare
+from launch.run_directory import CONFIG_FILE, IMPORTED_FILE, prepare
 from launch.verify_commands import verify
 from moe_dist.config import Config, load_config
 from moe_dist.errors import ConfigError, MoeDistError
@@ -46,6 +47,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(verify)
+app.add_typer(exchange_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -271,8 +273,8 @@ def generate(
 
     Example: moe-dist generate runs/demo --prompt "def " --max-new-tokens 64
     """
-    stored = Path(run_dir) / "config.yaml"
-    if not stored.exists():
+    stored = next((path for name in (CONFIG_FILE, IMPORTED_FILE) if (path := Path(run_dir) / name).exists()), None)
+    if stored is None:
         raise ConfigError("RUN_DIR", run_dir, "the directory of a run, with its config.yaml", "moe-dist train first")
     settings = load_config(stored).generate
     prompts = prompt or list(settings.prompts)

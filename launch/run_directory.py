@@ -19,6 +19,7 @@ from moe_dist.train import PROGRESS_FILE
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+IMPORTED_FILE = "imported.yaml"  # what a run that begins with imported weights is started with
 
 # Keys and sections that a continued run may change: where and how it runs, not what it trains. `train.steps` moves the
 # end of the run, and with it the learning rate of the steps still to come.
