@@ -85,10 +85,11 @@ def train(
     """
 
     def run(checked: Config, display: Display) -> dict[str, Any]:
+        from launch.generations import run_on_ray
         from launch.progress import follow
-        from launch.ray_cluster import connect, run_on_ray
+        from launch.ray_cluster import connect
 
-        _check_layout(checked, checked.launch.workers)
+        _check_layout(checked, checked.launch.workers.max)
         display.message("connecting to Ray")
         with connect(checked, address) as cluster:
             where = "started on this machine" if cluster.started_here else f"at {cluster.address}"
