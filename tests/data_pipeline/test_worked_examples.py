@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
+import zstandard
 
+from data_pipeline.build import build, open_tokenizer
 from data_pipeline.lengths import write_lengths
 from data_pipeline.loader import BatchLoader, TrainingRows
 from data_pipeline.manifest import LENGTHS_VERSION, Manifest, Shard, write_manifest
@@ -17,6 +22,7 @@ from data_pipeline.packing import PADDING, PackedSplit
 from data_pipeline.run_order import RunOrder
 from data_pipeline.shards import ShardWriter, TokenSplit
 from data_pipeline.shingles import shingles_of
+from moe_dist.config import parse_config
 from moe_dist.model.places import document_positions
 
 LINES = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
@@ -56,6 +62,46 @@ def ten_rows(split: object, quarantine: bool = False) -> TrainingRows:
     rows = {"a": 10}
     order = RunOrder(1, rows, each_once(rows), LENGTH, 2 * 4 * LENGTH)
     return TrainingRows({"a": split}, order, quarantine)  # type: ignore[dict-item]
+
+
+def indented(first: str) -> str:
+    """The block of the page that begins with this line."""
+    start = LINES.index(f"    {first}")
+    stop = next(place for place in range(start, len(LINES)) if LINES[place] and not LINES[place].startswith("    "))
+    return textwrap.dedent("\n".join(LINES[start:stop])).rstrip() + "\n"
+
+
+def test_program_of_the_page_reads_a_build_and_rows_are_as_worked_out(tmp_path: Path) -> None:
+    letters = [np.array(document) for document in ([1, 2, 0], [3, 0], [3, 1, 2, 0])]
+    write_build(tmp_path, [letters[:2], letters[2:]], 4, 0)
+    program: dict[str, Any] = {}
+    exec(indented("import hashlib, json, pyarrow"), program)  # noqa: S102 - the page's own example
+    stream = np.concatenate(list(program["read"](tmp_path, "train")))
+    assert np.array_equal(stream, np.concatenate(letters)) and stream.dtype == np.uint16
+    one, two, three, four = map(spelled, np.concatenate(list(TokenSplit(tmp_path, "train").all_rows(2))))
+    says(
+        f"are the stream {spelled(stream)}, nine tokens. Rows of two tokens are {one}, then {two}, {three} and {four}:"
+    )
+
+
+def test_files_of_minimind_become_the_text_of_the_page(tmp_path: Path) -> None:
+    turns = json.loads(re.findall(r"By hand, `(\[.*?\])` is", PAGE)[0])
+    text = indented("<|im_start|>user")
+    records = {"text": {"text": "plain " * 50}, "conversations": {"conversations": turns * 3}}
+    records["chosen"] = {"chosen": turns * 2, "rejected": turns}
+    sources = {}
+    for name, record in records.items():
+        lines = "\n".join(json.dumps(record) for _ in range(30)).encode()
+        path = tmp_path / f"{name}.jsonl.zst"
+        path.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(lines))
+        sources[name] = {"input": str(path), "text_field": name}
+    data = {"sources": sources, "dir": str(tmp_path / "out"), "sequence_length_tokens": 16, "holdout_fraction": 0.2}
+    built = build(parse_config({"data": data, "model": {"vocab_size": 300}}), use_ray=False)
+    tokenizer = open_tokenizer(built)
+    for name, wanted in (("text", "plain " * 50), ("conversations", text * 3), ("chosen", text * 2)):
+        split = TokenSplit(built, "train", source=name)
+        documents = tokenizer.decode(split.tokens(0, split.num_tokens).tolist()).split("<|endoftext|>")
+        assert set(documents) == {wanted, ""} and len(documents) > 10
 
 
 def test_order_of_ten_rows_is_as_worked_out() -> None:
