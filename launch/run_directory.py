@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "train.routing_ledger",
     "train.checks",
     "data.prefetch_batches",
+    "data.damaged_shards",
     "train.checks_every_steps",
     "watch",
 )
