@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config import Config, attention_rules, cleaning_rules, parse_config, rules
+from moe_dist.config import Config, attention_rules, cleaning_rules, parse_config, rules, run_rules
 from moe_dist.config.load import read_tree, write_yaml
 from moe_dist.config.rules import broken_rules, check_rules
 from moe_dist.errors import ConfigError
