@@ -77,9 +77,11 @@ def cut_tensors(model: Transformer, mesh: Mesh) -> None:
                 block.feed_forward.tokens = SharedTokens(group)
                 continue
             dense = block.feed_forward
-            dense.gate_up = _cut_linear(dense.gate_up, Cut(0, parts, place, sections=2))
+            name, first = dense.first
+            setattr(dense, name, _cut_linear(first, Cut(0, parts, place, dense.activation.parts)))
             dense.down = _cut_linear(dense.down, Cut(1, parts, place))
             _exchange_around(dense, group)
+    model.tokens = SharedTokens(group)
     model.vocabulary = SharedVocabulary(group, place * (model.config.vocab_size // parts))
 
 
