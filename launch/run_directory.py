@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "train.checks",
     "data.prefetch_batches",
     "train.checks_every_steps",
+    "train.equal_experts_at_start",
     "watch",
 )
 

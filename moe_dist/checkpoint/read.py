@@ -285,5 +285,5 @@ def damages(path: Path, manifest: Manifest) -> Iterator[CheckpointError]:
 
 
 def parameters_in(manifest: Manifest) -> int:
-    """Numbers in all weights."""
-    return sum(math.prod(e.shape) for n, (_, e) in manifest.tensors.items() if n.startswith("model/"))
+    """Numbers in all weights: what has moments, which buffers have not."""
+    return sum(math.prod(e.shape) for n, (_, e) in manifest.tensors.items() if n.startswith("exp_avg/"))
