@@ -285,5 +285,6 @@ def damages(path: Path, manifest: Manifest) -> Iterator[CheckpointError]:
 
 
 def parameters_in(manifest: Manifest) -> int:
-    """Numbers in all weights: what has moments, which buffers have not."""
-    return sum(math.prod(e.shape) for n, (_, e) in manifest.tensors.items() if n.startswith("exp_avg/"))
+    """Numbers in all weights; the selection biases of routers are buffers and none of them."""
+    weights = {name: entry for name, (_, entry) in manifest.tensors.items() if name.startswith("model/")}
+    return sum(math.prod(entry.shape) for name, entry in weights.items() if not name.endswith(".selection_bias"))

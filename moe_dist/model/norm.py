@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moe_dist.model.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -17,4 +18,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(exact), self.weight.shape, self.weight.to(exact), self.eps).to(x.dtype)
+        return rms_norm(x.to(exact), self.weight.to(exact), self.eps).to(x.dtype)

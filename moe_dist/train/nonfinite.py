@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_dist.checkpoint.pieces import prepare_moments
+from moe_dist.checkpoint.pieces import MOMENTS, prepare_moments
 from moe_dist.errors import NumericFault
 from moe_dist.parallel.collectives import gather_objects
 from moe_dist.parallel.fsdp import local
@@ -85,6 +85,9 @@ class SkippedSteps:
         for holder in state_holders(self.trainee.optimizer):
             if isinstance(holder, torch.optim.AdamW) and not holder.state:
                 prepare_moments(holder, 0)
+                for state in holder.state.values():
+                    for moment in MOMENTS:
+                        state[moment].zero_()
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ def figures_of(demands_RE: list[list[int]], times: int = 1) -> list[step.StepFig
     for rank, demand_E in enumerate(demands_RE):
         layout = SimpleNamespace(ranks=len(demands_RE))
         mesh = SimpleNamespace(rank=rank, tensor_place=0, layout=layout, world=None)
-        tallies.append(step._Tally(SimpleNamespace(config=config, mesh=mesh, model=model), False))
+        tallies.append(step._Tally(SimpleNamespace(config=config, mesh=mesh, model=model), False, 0.0))
         for _ in range(times):
             tallies[-1].add(sums_that_ask(demand_E))
     flats = [torch.cat([value.flatten() for value in tally.sums.values()]) for tally in tallies]
