@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch import data_commands
+from launch.ablate_command import ablate_app
 from launch.checkpoint_commands import checkpoint_app
 from launch.config_commands import config_app
 from launch.exit_codes import ExitCode
@@ -48,6 +49,7 @@ app.add_typer(routing_app, name="routing")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(verify)
 app.add_typer(upcycle_app)
+app.add_typer(ablate_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Overrides = Annotated[
