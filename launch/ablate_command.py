@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from launch.ablation import Cell
 
+_LEAST_WIDTH = 100
 ablate_app = typer.Typer()
 
 
@@ -64,7 +65,9 @@ def ablate(
     with contextlib.redirect_stdout(sys.stderr):
         _train(cells, jobs, run_cells)
     rows = results_of(variants, cells)
-    print_rows(rows, Console(file=sys.stderr if as_json else sys.stdout))
+    console = Console(file=sys.stderr if as_json else sys.stdout)
+    console.width = max(console.width, _LEAST_WIDTH)
+    print_rows(rows, console)
     if as_json:
         typer.echo(json.dumps({"reference": rows[0]["name"], "flops": rows[0]["flops"], "variants": rows}))
 
@@ -94,16 +97,17 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     from rich.table import Table
 
     table = Table(title=f"held-out bits per byte, seeds {', '.join(map(str, rows[0]['seeds']))}", title_justify="left")
-    for name in ("variant", "parameters", "active", "steps", "compute", "mean", "from", "to", "difference"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
+    for name in ("variant", "params", "active", "steps", "compute", "mean", "range", "difference"):
+        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name != "variant")
     for row in rows:
-        sizes = (f"{row['parameters'][kind]:,}" for kind in ("total", "active"))
+        sizes = (f"{row['parameters'][kind] / 1e3:,.0f} k" for kind in ("total", "active"))
         bits, apart = row["bits_per_byte"], row["difference"]
-        against = "" if row is rows[0] else f"{row['mean_difference']:+.4f} ({min(apart):+.4f} to {max(apart):+.4f})"
-        figures = (f"{row['compute']:.2%}", *(f"{value:.4f}" for value in (row["mean"], min(bits), max(bits))))
+        against = "" if row is rows[0] else f"{row['mean_difference']:+.3f} ({min(apart):+.3f}, {max(apart):+.3f})"
+        figures = (f"{row['compute']:.2%}", f"{row['mean']:.3f}", f"{min(bits):.3f}-{max(bits):.3f}")
         table.add_row(row["name"], *sizes, f"{row['steps']:,}", *figures, against)
     console.print(table)
     console.print(
-        f"compute: training FLOPs, of those of {rows[0]['name']} ({rows[0]['flops']:.3g}); "
-        "difference: seed by seed, mean (range); less is better"
+        f"compute: training FLOPs, of the {rows[0]['flops']:.3g} of {rows[0]['name']}; difference from it, seed by "
+        "seed: mean (least, most); less is better",
+        soft_wrap=True,
     )
