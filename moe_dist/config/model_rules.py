@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe_dist.config.attention_rules import attention_rules
+from moe_dist.config.model_schema import ModelConfig
 from moe_dist.config.section import Section
 from moe_dist.errors import ConfigError
 
@@ -13,15 +15,7 @@ _NOT_BUILT = (
     "ffn_activation",
     "ffn_bias",
     "mix.kind",
-    "attention.kind",
-    "attention.qk_norm",
-    "attention.qkv_bias",
-    "attention.output_bias",
-    "attention.window_tokens",
-    "attention.sinks",
     "positions",
-    "rope_pairing",
-    "rope_scaling.kind",
     "norm",
     "mtp_layers",
     "moe.expert_bias",
@@ -29,8 +23,9 @@ _NOT_BUILT = (
 _ACTIVATIONS = ("swiglu", "gelu", "relu")
 
 
-def not_built_rules(model: Section) -> Iterator[ConfigError]:
-    """Options that are declared and not built."""
+def model_option_rules(model: ModelConfig) -> Iterator[ConfigError]:
+    """Options that are declared and not built, and what those that are built demand of each other."""
+    yield from attention_rules(model)
     plain = type(model)()
     for path in _NOT_BUILT:
         value, default = _value(model, path), _value(plain, path)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from moe_dist.config.cleaning_rules import decontaminate_rules, near_duplicate_rules
 from moe_dist.config.data_schema import QUALITY_RULES
-from moe_dist.config.model_rules import not_built_rules
+from moe_dist.config.model_rules import model_option_rules
 from moe_dist.config.model_schema import MoEConfig
 from moe_dist.config.schema import Config
 from moe_dist.config.source_rules import source_rules
@@ -30,10 +30,11 @@ def broken_rules(config: Config) -> Iterator[ConfigError]:
     yield from _data_rules(config)
     yield from source_rules(config.data)
     yield from _model_rules(config)
-    yield from not_built_rules(config.model)
+    yield from model_option_rules(config.model)
     yield from _moe_rules(config)
     yield from _expert_rules(config)
     yield from _parallel_rules(config)
+    yield from _launch_rules(config)
     yield from _precision_rules(config)
     yield from _ledger_rules(config)
 
@@ -65,13 +66,6 @@ def _model_rules(config: Config) -> Iterator[ConfigError]:
             model.num_kv_heads,
             f"must divide model.num_heads ({model.num_heads})",
             f"model.num_kv_heads={nearest}",
-        )
-    if model.head_width % 2:
-        yield ConfigError(
-            "model.head_width",
-            model.head_width,
-            "must be even: the rotary embedding turns pairs of channels",
-            f"model.head_width={model.head_width + 1}",
         )
     if model.num_dense_layers > model.num_layers:
         yield ConfigError(
@@ -346,6 +340,17 @@ def _parallel_rules(config: Config) -> Iterator[ConfigError]:
             "deepep",
             f"DeepEP carries tokens in bf16; train.precision is {config.train.precision}",
             "train.precision=bf16, or parallel.dispatch=deduplicated",
+        )
+
+
+def _launch_rules(config: Config) -> Iterator[ConfigError]:
+    workers = config.launch.workers
+    if workers.min > workers.max:
+        yield ConfigError(
+            "launch.workers.min",
+            workers.min,
+            f"must not exceed launch.workers.max ({workers.max})",
+            f"launch.workers.min={workers.max}",
         )
 
 

@@ -1,1 +1,1 @@
-"""Weights of other models and other programs: in, out, and from dense to mixture-of-experts."""
+"""Weights of other systems in and out: Hugging Face directories and MiniMind files against our checkpoints."""

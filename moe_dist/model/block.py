@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from moe_dist.config import ModelConfig
 from moe_dist.model.attention import Attention
 from moe_dist.model.feed_forward import FeedForward
+from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.norm import RMSNorm
 from moe_dist.model.places import Places
 from moe_dist.moe.decision import RoutingContext
@@ -19,7 +20,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = (LatentAttention if config.attention.kind == "latent" else Attention)(config, number)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         dense = number < config.num_dense_layers
         self.feed_forward = FeedForward(config.width, config.ffn_width) if dense else _moe_layer(config, number)

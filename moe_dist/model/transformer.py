@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
 from moe_dist.model.block import Block
+from moe_dist.model.cache import Cache
 from moe_dist.model.norm import RMSNorm
-from moe_dist.model.places import places_of
+from moe_dist.model.places import Places, places_behind, places_of
 from moe_dist.model.vocabulary import VocabularyShare, WholeVocabulary
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
@@ -55,9 +57,33 @@ class Transformer(nn.Module):
             The normed final hidden state [B, S, D] and the record of every mixture-of-experts layer in order.
         """
         x_BSD = self.embedding(tokens_BS)
-        shape = self.config.head_width, self.config.rope_theta
-        places = places_of(position_BS, tokens_BS.shape[1], shape, x_BSD)
-        context = RoutingContext(tokens_BS, draw, demand, replay)
+        places = places_of(position_BS, tokens_BS.shape[1], self.config, x_BSD)
+        return self._run(x_BSD, places, counted_BS, RoutingContext(tokens_BS, draw, demand, replay))
+
+    def continued(self, tokens_BS: Tensor, lengths: Sequence[int], cache: Cache, position_BS: Tensor | None) -> Tensor:
+        """The normed final hidden states [B, S, D] of tokens that follow those of a cache, which takes them in.
+
+        Args:
+            tokens_BS: On the first call whole prompts, padded at their end; then one token a row.
+            lengths: New tokens of each row.
+            cache: Of as many rows.
+            position_BS: As in `forward`.
+        """
+        x_BSD = self.embedding(tokens_BS)
+        cache.begin(lengths)
+        if cache.is_empty:
+            places = places_of(position_BS, tokens_BS.shape[1], self.config, x_BSD)._replace(cache=cache)
+        else:
+            places = places_behind(cache, position_BS, self.config, x_BSD)
+        place_S = torch.arange(tokens_BS.shape[1], device=x_BSD.device)
+        counted_BS = place_S < torch.tensor(cache.new, device=x_BSD.device)[:, None]
+        hidden_BSD, _ = self._run(x_BSD, places, counted_BS, RoutingContext(tokens_BS))
+        cache.end()
+        return hidden_BSD
+
+    def _run(
+        self, x_BSD: Tensor, places: Places, counted_BS: Tensor | None, context: RoutingContext
+    ) -> tuple[Tensor, list[MoERecord]]:
         records = []
         for block in self.blocks:
             x_BSD, record = block(x_BSD, places, counted_BS, context)
