@@ -134,7 +134,7 @@ def upcycle(source: Path, root: Path, config: Config, slices: int = 1) -> Path:
     }
     needed = sum(shape.numel() * kind.itemsize for shape, kind in shapes.values())
     folder, save = store.begin(root, 0, needed), uuid.uuid4().hex
-    header = plan_header(shapes, save, 0)
+    header = plan_header(shapes, {"save": save, "step": "0"})
     try:
         with Reader(source, manifest) as reader:
             cast = _Cast(config, slices, reader, {})
