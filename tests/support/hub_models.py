@@ -56,7 +56,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SPARSE = [name for name in CONFIGS if name not in ("llama", "qwen3")]
 
 
-def save_hub(family: str, folder: Path, dtype: torch.dtype = torch.float64, **more: Any) -> transformers.PreTrainedModel:
+def save_hub(
+    family: str, folder: Path, dtype: torch.dtype = torch.float64, **more: Any
+) -> transformers.PreTrainedModel:
     """A random model, saved as `transformers` saves it; biases, sinks and norms are random too."""
     config = transformers.AutoConfig.for_model(family, **CONFIGS[family])
     config._attn_implementation = "eager"
