@@ -39,6 +39,7 @@ _MAY_CHANGE = (
     "data.prefetch_batches",
     "data.damaged_shards",
     "train.checks_every_steps",
+    "train.equal_experts_at_start",
     "watch",
 )
 
