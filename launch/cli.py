@@ -85,10 +85,11 @@ def train(
     """
 
     def run(checked: Config, display: Display) -> dict[str, Any]:
+        from launch.generations import run_on_ray
         from launch.progress import follow
-        from launch.ray_cluster import connect, run_on_ray
+        from launch.ray_cluster import connect
 
-        _check_layout(checked, checked.launch.workers)
+        _check_layout(checked, checked.launch.workers.max)
         display.message("connecting to Ray")
         with connect(checked, address) as cluster:
             where = "started on this machine" if cluster.started_here else f"at {cluster.address}"
@@ -291,6 +292,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside training, the same as Ctrl-C
     try:
         code = app(standalone_mode=False) or ExitCode.DONE
+        if code == ExitCode.INTERRUPTED and not isinstance(code, ExitCode):  # a bare number: typer's word for Ctrl-C
+            raise KeyboardInterrupt
     except MoeDistError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
@@ -298,7 +301,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         code = ExitCode.FAILED
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped at once; the same command continues from the newest checkpoint", file=sys.stderr)
+        print("stopped at once; the same command goes on from what is done", file=sys.stderr)
         code = ExitCode.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
