@@ -208,7 +208,7 @@ def _exchange_around(module: Attention | LatentAttention | FeedForward, group: d
     def after(_: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
         here_1tD = sum_and_scatter(out.reshape(-1, out.shape[-1]), group)[None]
         bias_D = last.bias  # once for each token: that of a partial sum would be added on every rank
-        return here_1tD if bias_D is None else here_1tD + bias_D
+        return here_1tD if bias_D is None else here_1tD + bias_D.to(here_1tD.dtype)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
