@@ -49,16 +49,16 @@ SCHEMES: dict[str, list[str]] = {
 TRAINED = ("copies, fp32", "slices, a shared one, a dense block, fp32")
 
 
-def dense_config(precision: str) -> Config:
-    model = {"num_heads": 4, "num_kv_heads": 2, "num_dense_layers": 2, "ffn_width": 24, "init_std": 0.1}
+def dense_config(precision: str, **options: Any) -> Config:
+    model = {"num_heads": 4, "num_kv_heads": 2, "num_dense_layers": 2, "ffn_width": 24, "init_std": 0.1, **options}
     train = {"precision": precision, "global_batch_sequences": ROWS, "micro_batch_sequences": 2, "checks": "full"}
     optimizer = {"lr": 1e-2, "warmup_steps": 0}
     return small_config({"balance_loss": 0.01}, model=model, train=train, optimizer=optimizer)
 
 
-def dense_run(folder: Path, precision: str) -> Path:
+def dense_run(folder: Path, precision: str, **options: Any) -> Path:
     """A run of a dense model after some updates."""
-    config = dense_config(precision)
+    config = dense_config(precision, **options)
     with one_rank():
         trainee = parallel_trainee(config, 1, optimizer="adamw")
         for step in range(3):
@@ -127,6 +127,22 @@ def test_upcycled_model_in_every_layout_equals_the_dense_one_and_trains_on(tmp_p
             assert apart <= AT_STEP_0, f"rank {rank}, {name}: {apart}"
             assert not losses or losses[-1] < 0.9 * losses[0], f"{name}: {losses}"
     assert sum(bool(losses) for _, losses in found.values()) == 2 * len(TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme", "sparse_blocks"),
+    [
+        ({"ffn_activation": "gelu", "norm": "layer"}, "slices, a shared one, a dense block", 1),
+        ({"tie_embeddings": False}, "copies", 2),
+        ({"num_layers": 4, "num_dense_layers": 4}, "copies, every other block", 2),
+    ],
+)
+def test_every_kind_of_dense_model_is_upcycled(options, scheme, sparse_blocks, tmp_path):
+    dense = dense_run(tmp_path / "dense", "fp64", **options)
+    upcycled(dense, tmp_path / "new", SCHEMES.get(scheme, [*SCHEMES["copies"], "model.moe_every_layers=2"]))
+    found = [model(random_rows(ROWS)[:, :-1]) for model in map(newest_model, (dense, tmp_path / "new"))]
+    assert (found[0][0] - found[1][0]).abs().max() <= 1e-13
+    assert len(found[1][1]) == sparse_blocks
 
 
 @pytest.fixture
