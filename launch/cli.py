@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch import data_commands
+from launch.ablate_command import ablate_app
 from launch.checkpoint_commands import checkpoint_app
 from launch.config_commands import config_app
 from launch.exchange_commands import exchange_app
 from launch.exit_codes import ExitCode
 from launch.failure import RankCrash
 from launch.routing_commands import routing_app
-from launch.run_directory import CONFIG_FILE, IMPORTED_FILE, prepare
+from launch.run_directory import prepare, stored_config
+from launch.upcycle_command import upcycle_app
 from launch.verify_commands import verify
 from moe_dist.config import Config, load_config
 from moe_dist.errors import ConfigError, MoeDistError
@@ -47,7 +49,9 @@ app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(verify)
+app.add_typer(upcycle_app)
 app.add_typer(exchange_app)
+app.add_typer(ablate_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -87,10 +91,11 @@ def train(
     """
 
     def run(checked: Config, display: Display) -> dict[str, Any]:
+        from launch.generations import run_on_ray
         from launch.progress import follow
-        from launch.ray_cluster import connect, run_on_ray
+        from launch.ray_cluster import connect
 
-        _check_layout(checked, checked.launch.workers)
+        _check_layout(checked, checked.launch.workers.max)
         display.message("connecting to Ray")
         with connect(checked, address) as cluster:
             where = "started on this machine" if cluster.started_here else f"at {cluster.address}"
@@ -273,8 +278,8 @@ def generate(
 
     Example: moe-dist generate runs/demo --prompt "def " --max-new-tokens 64
     """
-    stored = next((path for name in (CONFIG_FILE, IMPORTED_FILE) if (path := Path(run_dir) / name).exists()), None)
-    if stored is None:
+    stored = stored_config(Path(run_dir))
+    if not stored.exists():
         raise ConfigError("RUN_DIR", run_dir, "the directory of a run, with its config.yaml", "moe-dist train first")
     settings = load_config(stored).generate
     prompts = prompt or list(settings.prompts)
@@ -293,6 +298,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside training, the same as Ctrl-C
     try:
         code = app(standalone_mode=False) or ExitCode.DONE
+        if code == ExitCode.INTERRUPTED and not isinstance(code, ExitCode):  # a bare number: typer's word for Ctrl-C
+            raise KeyboardInterrupt
     except MoeDistError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
@@ -300,7 +307,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         code = ExitCode.FAILED
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped at once; the same command continues from the newest checkpoint", file=sys.stderr)
+        print("stopped at once; the same command goes on from what is done", file=sys.stderr)
         code = ExitCode.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

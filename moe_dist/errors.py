@@ -39,6 +39,10 @@ class DataError(MoeDistError):
     """Input text, a tokenizer or a shard that is missing, unreadable or damaged."""
 
 
+class ShardError(DataError):
+    """A shard of a build that is missing or not as its manifest says; `data.damaged_shards` may train without it."""
+
+
 class StorageError(DataError):
     """Storage of the input that does not answer, refuses, or changes under the reader; no `skip` passes over it."""
 

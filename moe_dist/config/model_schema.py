@@ -207,3 +207,13 @@ class ModelConfig(Section):
         0, "Modules that predict one token further each (multi-token prediction, DeepSeek-V3).", "layers", ge=0
     )
     mtp_loss: float = key(0.3, "Coefficient of the mean loss of these modules.", ge=0)
+
+    def has_experts(self, block: int) -> bool:
+        """Whether the feed-forward of a block, counted from 0, is a mixture of experts."""
+        behind = block - self.num_dense_layers
+        return behind >= 0 and (behind + 1) % self.moe_every_layers == 0
+
+    @property
+    def moe_blocks(self) -> list[int]:
+        """The blocks whose feed-forward is a mixture of experts, counted from 0."""
+        return [block for block in range(self.num_layers) if self.has_experts(block)]

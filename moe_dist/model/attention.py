@@ -94,6 +94,7 @@ def attend(parts: tuple[Tensor, Tensor, Tensor], sees: Tensor | None, scale: flo
         sinks_H: Score of each head's sink; None without.
     """
     query, key, value = parts
+    width = value.shape[-1]
     if sinks_H is not None:
         assert sees is not None, "a sink is seen by all, which must be said"
         batch, heads, length, _ = query.shape
@@ -103,7 +104,9 @@ def attend(parts: tuple[Tensor, Tensor, Tensor], sees: Tensor | None, scale: flo
         sink = F.pad((sinks_H / scale).to(key.dtype).view(1, -1, 1, shared), (key.shape[-1], 0))
         key = torch.cat([sink.expand(batch, -1, 1, -1), F.pad(key, (0, shared))], dim=2)
         value, sees = F.pad(value, (0, 0, 1, 0)), F.pad(sees, (1, 0), value=True)
-    causal = sees is None
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=sees, is_causal=causal, scale=scale, enable_gqa=True
+    # Kernels that keep no scores want equal widths.
+    value = F.pad(value, (0, max(0, key.shape[-1] - width)))
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=sees, is_causal=sees is None, scale=scale, enable_gqa=True
     )
+    return mixed[..., :width]

@@ -3,9 +3,9 @@
 | parameter | initial value |
 |---|---|
 | norms | 1 |
-| biases and sinks of attention | 0 |
+| biases of norms, attention, feed-forwards and experts; sinks | 0 |
 | router's selection bias | 0 |
-| embedding, router (its bias and noise too), query, key, value, gate_up, untied output | normal, `init_std` |
+| embedding, positions, router (its bias and noise too), query, key, value, gate_up, up, output | normal, `init_std` |
 | attention output, down projections (they write into the residual stream) | normal, `init_std / sqrt(2 * layers)` |
 
 Source: GPT-2 (Radford et al. 2019), section 2.3, for the scaling of residual outputs.
@@ -63,7 +63,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     path = name.partition("#")[0]
     if path.endswith("norm.weight"):
         return torch.ones(shape)
-    if ".attention." in path and path.endswith((".bias", ".sinks")):
+    if path.endswith((".bias", "_bias", ".sinks")) and ".router." not in path:
         return torch.zeros(shape)
     writes_residual = path.endswith(("attention.output.weight", ".down.weight", "experts.down", "latent_out.weight"))
     std = config.init_std / math.sqrt(2 * config.num_layers) if writes_residual else config.init_std

@@ -82,6 +82,6 @@ class LatentAttention(nn.Module):
         up_HXZ = self.kv_up.weight.unflatten(0, (-1, self.plain + self.value_width))
         key_HCZ, value_HVZ = up_HXZ.split((self.plain, self.value_width), dim=1)
         query_BHSX = torch.cat([query_BHSC @ key_HCZ, query_BHSP], dim=-1)
-        key_B1RX = kept_BRX[:, None]
-        parts = query_BHSX, key_B1RX, key_B1RX[..., : self.rank]
-        return attend(parts, seen_by(self.window, places), self.scale, self.sinks) @ value_HVZ.mT
+        parts = query_BHSX, kept_BRX[:, None], kept_BRX[:, None]
+        mixed_BHSX = attend(parts, seen_by(self.window, places), self.scale, self.sinks)
+        return mixed_BHSX[..., : self.rank] @ value_HVZ.mT

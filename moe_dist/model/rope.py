@@ -36,6 +36,8 @@ def rope_table(position: Tensor, config: ModelConfig, like: Tensor) -> tuple[Ten
     """Cosines and sines [..., C/2] of positions [...], computed in fp64 and never stored in the model."""
     angle = position.double()[..., None] * frequencies(config).to(position.device)
     exact = torch.promote_types(like.dtype, torch.float32)
+    if config.positions != "rope":  # nothing is turned
+        angle = torch.zeros_like(angle)
     size = _size(config.rope_scaling)
     return (angle.cos() * size).to(exact), (angle.sin() * size).to(exact)
 

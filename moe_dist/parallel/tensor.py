@@ -77,9 +77,11 @@ def cut_tensors(model: Transformer, mesh: Mesh) -> None:
                 block.feed_forward.tokens = SharedTokens(group)
                 continue
             dense = block.feed_forward
-            dense.gate_up = _cut_linear(dense.gate_up, Cut(0, parts, place, sections=2))
+            name, first = dense.first
+            setattr(dense, name, _cut_linear(first, Cut(0, parts, place, dense.activation.parts)))
             dense.down = _cut_linear(dense.down, Cut(1, parts, place))
             _exchange_around(dense, group)
+    model.tokens = SharedTokens(group)
     model.vocabulary = SharedVocabulary(group, place * (model.config.vocab_size // parts))
 
 
@@ -206,7 +208,7 @@ def _exchange_around(module: Attention | LatentAttention | FeedForward, group: d
     def after(_: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
         here_1tD = sum_and_scatter(out.reshape(-1, out.shape[-1]), group)[None]
         bias_D = last.bias  # once for each token: that of a partial sum would be added on every rank
-        return here_1tD if bias_D is None else here_1tD + bias_D
+        return here_1tD if bias_D is None else here_1tD + bias_D.to(here_1tD.dtype)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)

@@ -48,7 +48,8 @@ class Trainer:
         self.trainee, self.batches, self.held_out, self.recorder = trainee, batches, held_out, recorder
         self.config = trainee.config
         self.root = Path(self.config.run.dir) / "checkpoints"
-        self.saver = Saver(self.root, trainee.mesh, self.config.checkpoint, self.config.launch.timeout_seconds)
+        waits = self.config.launch.timeout_seconds
+        self.saver = Saver(self.root, trainee.mesh, self.config.checkpoint, waits, recorder.fence)
         self.step = 0
         self.skipped = SkippedSteps(trainee)
         self.alarms = Alarms(self.config)

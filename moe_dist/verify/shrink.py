@@ -43,8 +43,11 @@ def shrunk(config: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
     for name, most in _LATENT_SIZES.items():
         asked["latent"][name] = asked["latent"][name] and min(asked["latent"][name], most)
     asked["full_every_layers"] = min(asked["full_every_layers"], model["num_layers"])
-    layers, all_dense = model["num_layers"], dense >= config.model.num_layers
+    layers, all_dense = model["num_layers"], not config.model.moe_blocks
     model["num_dense_layers"] = layers if all_dense else min(dense, layers - 1)
+    if not all_dense:
+        model["moe_every_layers"] = min(model["moe_every_layers"], layers - model["num_dense_layers"])
+    model["max_positions_tokens"] = min(model["max_positions_tokens"], _LENGTH_TOKENS)
     model["init_std"] = max(model["init_std"], 0.3)
     for name in _EXPERT_SIZES:
         moe[name] = moe[name] and min(moe[name], _MOST_EXPERT_WIDTH)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config import Config, attention_rules, cleaning_rules, parse_config, rules
+from moe_dist.config import Config, attention_rules, cleaning_rules, parse_config, rules, run_rules
 from moe_dist.config.load import read_tree, write_yaml
 from moe_dist.config.rules import broken_rules, check_rules
 from moe_dist.errors import ConfigError
@@ -27,6 +27,10 @@ def hashed(**changed: object) -> dict:
 
 # The broken keys, then what the error must say: key, value, a part of the rule, and the whole fix.
 BROKEN = [
+    (
+        {"launch": {"workers": {"min": 3, "max": 2}}},
+        ("launch.workers.min", 3, "must not exceed launch.workers.max (2)", "launch.workers.min=2"),
+    ),
     (
         {"data": {"tokenizer": {"kind": "gpt2"}}},
         ("data.tokenizer.kind", "gpt2", "a tokenizer is trained", "data.tokenizer.kind=auto, or name a path"),
@@ -355,7 +359,7 @@ def test_rule_broken_its_own_fix_passes(tree: dict, expected: tuple, tmp_path: P
 
 
 def test_rules_every_one_is_broken_here() -> None:
-    sources = map(inspect.getsource, (rules, attention_rules, cleaning_rules))
+    sources = map(inspect.getsource, (rules, run_rules, attention_rules, cleaning_rules))
     assert len(BROKEN) == sum(source.count("yield ConfigError(") for source in sources)
 
 

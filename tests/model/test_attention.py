@@ -13,7 +13,7 @@ from moe_dist.model.places import document_positions, places_of
 from moe_dist.optim import build_adamw
 from tests.support.attention import ATTENTION
 from tests.support.models import plain_model, random_rows, small_config
-from tests.support.tolerances import assert_close
+from tests.support.tolerances import RELATIVE, assert_close, relative_error
 
 END = 7
 
@@ -70,6 +70,30 @@ def test_sinks_take_part_in_the_softmax_of_their_head_and_carry_no_value():
         scores = (scale * query[:, head] @ key[:, head // 2].mT).masked_fill(~sees[0], -math.inf).exp()
         weights = scores / (scores.sum(-1, keepdim=True) + sinks[head].exp())
         assert_close(found[:, head], weights @ value[:, head // 2], f"head {head}")
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_in_bf16_stays_near_fp32(name):
+    config = small_config(
+        model={"num_layers": 1, "num_dense_layers": 1, **ATTENTION[name]}, train={"precision": "fp32"}
+    )
+    model, rows = plain_model(config), random_rows(2)
+    with torch.no_grad():
+        expected, _ = model(rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = model(rows)
+    assert 0 < relative_error(found.float(), expected) <= RELATIVE[torch.bfloat16]
+
+
+def test_flops_of_latent_attention_counted_by_hand():
+    latent = {"query_rank": 10, "kv_rank": 12, "rope_width": 4, "value_width": 6}
+    asked = {"num_kv_heads": 2, "attention": {"kind": "latent", "latent": latent}}
+    plain = training_flops_per_token(small_config().model, 12)
+    found = training_flops_per_token(small_config(model=asked).model, 12)
+    grouped = 16 * 8 * (2 + 1 + 1 + 2)
+    products = 16 * 10 + 10 * 2 * (8 + 4) + 16 * (12 + 4) + 12 * 2 * (8 + 6) + 2 * 6 * 16
+    scores = 2 * (8 + 4) * 12 / 2 + 2 * 6 * 12 / 2  # keys and values of two heads over half of 12 tokens
+    assert found - plain == pytest.approx(2 * 6 * (products - grouped + scores - 2 * 8 * 12))
 
 
 def test_flops_of_windows_and_biases_counted_by_hand():

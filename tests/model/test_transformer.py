@@ -13,6 +13,7 @@ from moe_dist.model.places import Places
 from moe_dist.model.rope import rope_table, rotate
 from moe_dist.moe.experts import Experts
 from tests.support.attention import ATTENTION
+from tests.support.feed_forward import FEED_FORWARD
 from tests.support.models import plain_model, random_rows, small_config
 from tests.support.tolerances import assert_close
 
@@ -61,6 +62,7 @@ def test_attention_key_value_heads_serve_neighbouring_query_heads():
         ({}, {"latent_width": 6, "activation": "relu", "shared_expert_gate": True}),
         ({}, {"activation": "gelu", "router": "noisy_topk"}),
         *((model, {}) for model in ATTENTION.values()),
+        *((case["model"], case.get("moe", {})) for case in FEED_FORWARD.values()),
     ],
 )
 def test_parameter_count_from_the_config_equals_the_model(model, moe):

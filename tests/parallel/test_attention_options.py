@@ -19,6 +19,7 @@ from tests.support.gang import run_gang
 from tests.support.models import random_rows, small_config
 from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step
 from tests.support.tolerances import RELATIVE
+from tests.verify import patches
 
 TOLERANCE = RELATIVE[torch.float64]
 RANKS, ROWS = 4, 5
@@ -32,6 +33,7 @@ LAYOUTS = [
     (1, 2, "fsdp", "full"),
     (2, 4, "zero1", "selective"),
 ]
+WHOLE, _, LATENT, _ = ATTENTION
 MISTAKEN = (2, 2, "replicate", "none")
 
 
@@ -68,18 +70,26 @@ def share_of(cut: int) -> list[Tensor]:
     return list(rows().tensor_split(RANKS // cut))
 
 
-MISTAKES: dict[str, tuple[Any, str]] = {
+MISTAKES: dict[str, tuple[Any, str, str]] = {
     "the output's bias on every tensor rank": (
         lambda: mock.patch.object(tensor.PartialLinear, "forward", nn.Linear.forward),
         "routing",
+        WHOLE,
     ),
     "norms of the channels here": (
         lambda: mock.patch.object(tensor, "summed", lambda value, group: value * group.size()),
         "routing",
+        WHOLE,
+    ),
+    "the way down to latents summed over the data ranks alone": (
+        lambda: patches.summed_over("data", lambda name: "kv_down" in name),
+        "gradient of blocks.0.attention.kv_down.weight",
+        LATENT,
     ),
     "the gradient of a sum of squares left here": (
         lambda: mock.patch.object(collectives._Sum, "backward", lambda ctx, grad: (grad, None)),
         "gradient",
+        WHOLE,
     ),
 }
 
@@ -90,9 +100,9 @@ def steps_of_rank(rank: int) -> dict[Any, StepProof]:
         for name in ATTENTION:
             for layout in LAYOUTS:
                 found[name, layout] = candidate_step(rank, config_of(name, layout), layout[1], share_of(layout[0]))
-        for mistake, (plant, _) in MISTAKES.items():
+        for mistake, (plant, _, name) in MISTAKES.items():
             with plant():
-                config = config_of(next(iter(ATTENTION)), MISTAKEN)
+                config = config_of(name, MISTAKEN)
                 found[mistake] = candidate_step(rank, config, MISTAKEN[1], share_of(MISTAKEN[0]))
     return found
 
@@ -117,5 +127,6 @@ def test_every_layout_makes_the_step_of_one_process(name):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistake_is_seen(mistake):
-    difference = first_difference([found[mistake] for found in steps()], expected_of(next(iter(ATTENTION))), TOLERANCE)
-    assert difference is not None and MISTAKES[mistake][1] in difference, difference
+    _, words, name = MISTAKES[mistake]
+    difference = first_difference([found[mistake] for found in steps()], expected_of(name), TOLERANCE)
+    assert difference is not None and words in difference, difference

@@ -48,7 +48,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
             "sinks": True,
             "window_tokens": 4,
             "full_every_layers": 2,
-            "latent": {"kv_rank": 12, "rope_width": 4, "value_width": 8},
+            "latent": {"kv_rank": 12, "rope_width": 4, "value_width": 16},
         },
     },
 }

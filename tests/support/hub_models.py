@@ -65,7 +65,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.8},
     },
 }
-del CONFIGS["gpt_oss"]  # its experts are not built yet
 SPARSE = [name for name in CONFIGS if name not in ("llama", "qwen3")]
 
 
