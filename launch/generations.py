@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.failure import RankError, first_cause, read_once
+from launch.failure import RankError, first_cause, in_a_line, read_once
 from launch.hang_watch import HangWatch
 from launch.interrupt import StopRequest, to_stderr
 from launch.local import DEFAULT_WORKER
@@ -112,7 +112,7 @@ class Generations:
         self.reached = max(reached, self.reached)
         if self.failures > self.config.launch.max_failures:
             raise error
-        self.say(f"{_in_a_line(error)}; starting again from the newest checkpoint")
+        self.say(f"{in_a_line(error)}; starting again from the newest checkpoint")
 
     def _generation(self) -> dict[str, Any] | Exception:
         """One start of all ranks, and how it ended."""
@@ -232,8 +232,3 @@ class _Supervision:
         self.resized = True
         self.run.say(f"{why}: saving, and going on with what is there")
         self.run.stop.ask_ranks()
-
-
-def _in_a_line(error: Exception) -> str:
-    where, value = getattr(error, "where", ""), getattr(error, "value", str(error))
-    return f"{where}: {' '.join(str(value).split())[:200]}"
