@@ -124,7 +124,11 @@ def load_worker(name: str) -> Callable[..., dict[str, Any]]:
 
 
 def _start(task: _Task, rank: int) -> _Rank:
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("spawn" if task.memory is None else "forkserver")
+    if (
+        task.memory is not None
+    ):  # ranks that may have to start again soon find what they import in a process that has it
+        context.set_forkserver_preload([task.worker.partition(":")[0]])
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_rank_main, args=(task, rank, sending), name=f"rank {rank}", daemon=True)
     process.start()
