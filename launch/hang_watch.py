@@ -18,6 +18,7 @@ from typing import Any
 from moe_dist.errors import TrainingFault
 from moe_dist.runtime.heartbeat import ASKED_FILE, RANKS_FOLDER, beat_seconds, heartbeat_file, stack_file
 
+_UNSEEN = {"step": 0, "still_seconds": 0.0, "waits": False, "where": "its start", "pid": 0, "host": ""}
 _ANSWER_SECONDS = 2.0  # beyond two beats, for ranks to write their stacks
 
 
@@ -43,6 +44,9 @@ class HangWatch:
         self.run_dir, self.ranks, self.generation, self.limit = run_dir, ranks, generation, limit
         self._seen: dict[int, _Seen] = {}
         self._looked = 0.0
+        self._judged: dict[int, _Seen] = {}
+        self._silent: list[int] = []
+        self._ending = False
         folder = run_dir / RANKS_FOLDER
         for left in (*folder.glob("heartbeat-*"), folder / ASKED_FILE):
             left.unlink(missing_ok=True)
@@ -56,7 +60,7 @@ class HangWatch:
         for rank in range(self.ranks):
             told = self._read(rank)
             if told is None:
-                self._seen.pop(rank, None)  # it has not begun, or has ended its training
+                self._ending |= rank in self._seen  # its heartbeat is taken away: it has ended its training
             elif rank not in self._seen or told["beat"] != self._seen[rank].told["beat"]:
                 self._seen[rank] = _Seen(told, now)
         blamed = self._blamed(now)
@@ -74,21 +78,22 @@ class HangWatch:
 
     def _blamed(self, now: float) -> list[int]:
         """The ranks to blame, or none while nobody has been still for too long."""
-        if self.limit is None or len(self._seen) < self.ranks:
+        if self.limit is None or self._ending or not self._seen:
             return []  # still starting: what takes too long there is told by the time-out of the first collective
-        silent = [rank for rank, seen in self._seen.items() if now - seen.at > self.limit]
-        still = [rank for rank, seen in self._seen.items() if seen.told["still_seconds"] > self.limit]
-        if silent or not still:
-            return silent
-        outside = [rank for rank in still if not self._seen[rank].told["waits"]]
-        if outside:
-            return outside
-        if any(not seen.told["waits"] for seen in self._seen.values()):
-            # Who is not in a collective works, and the others wait for it: slow, or in a loop of its own.
-            fewest = min(seen.told["step"] for seen in self._seen.values())
-            return [rank for rank, seen in self._seen.items() if not seen.told["waits"] and seen.told["step"] == fewest]
-        fewest = min(seen.told["step"] for seen in self._seen.values())
-        return [rank for rank, seen in self._seen.items() if seen.told["step"] == fewest]
+        first = min(seen.at for seen in self._seen.values())
+        # Who never told anything is silent since the others began.
+        self._judged = {rank: self._seen.get(rank, _Seen(_UNSEEN, first)) for rank in range(self.ranks)}
+        still = [rank for rank, seen in self._judged.items() if seen.told["still_seconds"] > self.limit]
+        # Where the others already stand still, who has not been heard for half as long will not be heard again.
+        quiet = self.limit / 2 if still else self.limit
+        self._silent = [rank for rank, seen in self._judged.items() if now - seen.at > quiet]
+        if self._silent or not still:
+            return self._silent
+        # Who is not in a collective is what the others wait for: it stands still elsewhere, is slow, or in a loop.
+        at_work = [rank for rank, seen in self._judged.items() if not seen.told["waits"]]
+        outside = [rank for rank in at_work if rank in still] or at_work or still
+        fewest = min(self._judged[rank].told["step"] for rank in outside)
+        return [rank for rank in outside if self._judged[rank].told["step"] == fewest]
 
     def _save_stacks(self) -> None:
         """Asks all ranks for their stacks; of one that cannot answer, what the system knows is written down."""
@@ -101,14 +106,14 @@ class HangWatch:
             missing = {rank for rank in missing if not _has_text(stack_file(self.run_dir, rank))}
             time.sleep(0.1)
         for rank in missing:
-            told = self._seen[rank].told
+            told = self._judged[rank].told
             text = f"rank {rank} did not answer.\nlast seen at {told['where']}\n{_of_the_system(told)}"
             stack_file(self.run_dir, rank).write_text(text, encoding="utf-8")
 
     def _fault(self, blamed: list[int], now: float) -> TrainingFault:
         rank = blamed[0]
-        seen = self._seen[rank]
-        silent = now - seen.at > (self.limit or 0)
+        seen = self._judged[rank]
+        silent = rank in self._silent
         seconds = now - seen.at if silent else seen.told["still_seconds"]
         what = "gives no sign of life" if silent else "stands still"
         others = f", and ranks {blamed[1:]} likewise" if len(blamed) > 1 else ""

@@ -34,6 +34,7 @@ def broken_rules(config: Config) -> Iterator[ConfigError]:
     yield from _moe_rules(config)
     yield from _expert_rules(config)
     yield from _parallel_rules(config)
+    yield from _launch_rules(config)
     yield from _precision_rules(config)
     yield from _ledger_rules(config)
 
@@ -346,6 +347,17 @@ def _parallel_rules(config: Config) -> Iterator[ConfigError]:
             "deepep",
             f"DeepEP carries tokens in bf16; train.precision is {config.train.precision}",
             "train.precision=bf16, or parallel.dispatch=deduplicated",
+        )
+
+
+def _launch_rules(config: Config) -> Iterator[ConfigError]:
+    workers = config.launch.workers
+    if workers.min > workers.max:
+        yield ConfigError(
+            "launch.workers.min",
+            workers.min,
+            f"must not exceed launch.workers.max ({workers.max})",
+            f"launch.workers.min={workers.max}",
         )
 
 

@@ -4,8 +4,10 @@
     <run.dir>/ranks/stacks-asked            the launcher asks for stacks, with the number of its generation
     <run.dir>/ranks/stack-00003.txt         all threads of a rank, where it could still answer
 
-A thread stands still when its whole stack, line by line, is the same at each look. A rank that is stopped by a signal,
-or whose interpreter is blocked, tells nothing at all; that is seen from outside (launch/hang_watch.py).
+A thread stands still when step and stack, line by line, are the same at each look and it neither used a core nor waited
+for one in between.
+A rank that is stopped by a signal, or whose interpreter is blocked, tells nothing at all; that is seen from outside
+(launch/hang_watch.py).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 RANKS_FOLDER = "ranks"
 ASKED_FILE = "stacks-asked"
 
+_IDLE_FRACTION = 0.02  # of a core: with less, a thread does nothing
 # A main thread whose innermost Python frame lies here waits for other ranks.
 _WAITS_FOR_OTHERS = ("torch/distributed", "moe_dist/parallel/", "moe_dist/checkpoint/agree")
 
@@ -75,7 +78,11 @@ def heartbeat(run_dir: Path, place: tuple[int, int], step: Callable[[], int], ev
 class _Heart:
     def __init__(self, run_dir: Path, place: tuple[int, int], step: Callable[[], int], watched: int) -> None:
         self.run_dir, self.place, self.step, self.watched = run_dir, place, step, watched
-        self.beats, self.before, self.since, self.answered = 0, _stack(None), time.monotonic(), False
+        self.clock, self.native = time.pthread_getcpuclockid(watched), threading.get_native_id()
+        self.beats, self.answered = 0, False
+        self.before: tuple[Any, ...] = ()
+        self.since = self.looked = time.monotonic()
+        self.used = self._used_seconds()
         (run_dir / RANKS_FOLDER).mkdir(parents=True, exist_ok=True)
 
     def beat(self) -> None:
@@ -83,11 +90,9 @@ class _Heart:
         rank, generation = self.place
         self.beats += 1
         frame = sys._current_frames().get(self.watched)
-        now, stack = time.monotonic(), _stack(frame)
-        if stack != self.before:
-            self.before, self.since = stack, now
+        self._judge((self.step(), _stack(frame)))
         told: dict[str, Any] = {"generation": generation, "rank": rank, "beat": self.beats, "step": self.step()}
-        told |= {"pid": os.getpid(), "host": os.uname().nodename, "still_seconds": now - self.since}
+        told |= {"pid": os.getpid(), "host": os.uname().nodename, "still_seconds": self.looked - self.since}
         told |= {"where": _where(frame), "waits": _waits(frame)}
         path = heartbeat_file(self.run_dir, rank)
         draft = path.with_suffix(f".{os.getpid()}")
@@ -97,6 +102,22 @@ class _Heart:
             self.answered = True
             with stack_file(self.run_dir, rank).open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+
+    def _judge(self, stands: tuple[Any, ...]) -> None:
+        """Notes since when the thread stands still."""
+        before, used_before = self.looked, self.used
+        self.looked, self.used = time.monotonic(), self._used_seconds()
+        idle = self.used - used_before < _IDLE_FRACTION * (self.looked - before)
+        if not idle or stands != self.before:
+            self.before, self.since = stands, self.looked
+
+    def _used_seconds(self) -> float:
+        """How long the thread has used a core or waited for one that others had."""
+        try:
+            ran, delayed, *_ = Path(f"/proc/self/task/{self.native}/schedstat").read_text().split()
+            return (int(ran) + int(delayed)) / 1e9
+        except (OSError, ValueError):  # the kernel does not say
+            return time.clock_gettime(self.clock)
 
 
 def _asked(run_dir: Path) -> int | None:
