@@ -82,7 +82,7 @@ def build(config: Config, use_ray: bool, progress: Callable[[Progress], None] | 
     listing, evaluation = list_data(config.data), list_evaluation(config.data)
     created_from = made_from(config, evaluation)
     folder = Path(config.data.dir) / fingerprint(listing, created_from)
-    if not (folder / MANIFEST_NAME).is_file():
+    if not _is_there(folder):
         work, given = work_folder(folder), _given_tokenizer(config)
         run = _Build(config, listing, use_ray, progress or _silent, work, given, evaluation)
         _build_or_find(run, folder, created_from)
@@ -99,10 +99,18 @@ def find_build(config: Config) -> Path:
     listing = list_data(config.data)
     name = fingerprint(listing, made_from(config, list_evaluation(config.data)))
     folder = Path(config.data.dir) / name
-    if not (folder / MANIFEST_NAME).is_file():
+    if not _is_there(folder):
         rule = "the input and the keys of this configuration were built"
         raise DataError(str(folder), "no such build", rule, "moe-dist data build with the same configuration")
     return folder
+
+
+def _is_there(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST_NAME).is_file()
+    except OSError as error:
+        fix = "correct its permissions, or set data.dir"
+        raise DataError(f"data.dir={folder.parent}", error.strerror, "its builds can be read", fix) from None
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
@@ -266,7 +274,7 @@ def _build_or_find(run: _Build, folder: Path, created_from: dict[str, Any]) -> N
     try:
         _build_beside(run, folder, created_from)
     except (OSError, DataError) as error:
-        if not (folder / MANIFEST_NAME).is_file():
+        if not _is_there(folder):
             if isinstance(error, DataError):
                 raise
             raise DataError(

@@ -126,6 +126,9 @@ def list_input(source: str, suffixes: tuple[str, ...]) -> Listing:
     base, pattern = _split_pattern(str(path))
     if pattern and Path(base).is_dir():
         return _list_folder(Path(base), suffixes, pattern)
+    if path.exists():
+        fix = "write what it gives to a file, and name that"
+        raise DataError("data.input", source, "the input is a file or a folder, not a pipe or a device", fix)
     raise DataError("data.input", source, "the input exists", _nearest_path(path))
 
 

@@ -17,11 +17,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.mixture import stages_of
-from data_pipeline.packing import PackedSplit, open_sources
+from data_pipeline.packing import PADDING, PackedSplit, open_sources
 from data_pipeline.run_order import RunOrder
 from data_pipeline.shards import TokenSplit
 from moe_dist.config import Config
-from moe_dist.errors import CheckpointError, ConfigError, DataError
+from moe_dist.errors import CheckpointError, ConfigError, DataError, ShardError
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that is left empty in its place, since it has tokens of a damaged shard.
+
+    Attributes:
+        sample: Its place in the run.
+        source: Its source; empty where the build has none.
+        row: Its number in the source.
+        shard: The damaged file.
+        reason: What is wrong with it.
+    """
+
+    sample: int
+    source: str
+    row: int
+    shard: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -31,10 +50,12 @@ class Batch:
     Attributes:
         rows: [n, S + 1] int64; inputs are `rows[:, :-1]`, targets `rows[:, 1:]`. n may be 0.
         first_sample: Position in the global order of the first row (where it would be, if there is none).
+        left_out: Those of the rows that are nothing but padding, as `data.damaged_shards=quarantine` asks.
     """
 
     rows: NDArray[np.int64]
     first_sample: int
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,23 +65,37 @@ class TrainingRows:
     Attributes:
         sources: The training split of each source, in the order of the build.
         order: Which row each sample is.
+        quarantine: Rows of damaged shards are left empty. All sizes are the manifest's, so no other row moves.
     """
 
     sources: Mapping[str, TokenSplit | PackedSplit]
     order: RunOrder
+    quarantine: bool = False
 
     def rows(self, first: int, end: int) -> NDArray[np.int64]:
-        """Samples [first, end): [end - first, S + 1].
+        """Samples [first, end): [end - first, S + 1]; see `batch`."""
+        return self.batch(first, end).rows
+
+    def batch(self, first: int, end: int) -> Batch:
+        """Samples [first, end), and which of them are left empty.
 
         Raises:
-            DataError: A shard is damaged.
+            ShardError: A shard is damaged, and there is no quarantine.
         """
         length, splits = self.order.sequence_length, list(self.sources.values())
         rows = np.empty((end - first, length + 1), dtype=np.int64)
+        left_out = []
         sources, numbers = self.order.locate_range(first, end)
         for place, (source, number) in enumerate(zip(sources.tolist(), numbers.tolist(), strict=True)):
-            rows[place] = splits[source].row(number, length)
-        return rows
+            try:
+                rows[place] = splits[source].row(number, length)
+            except ShardError as error:
+                if not self.quarantine:
+                    raise
+                rows[place] = PADDING
+                name, shard = self.order.mixture.sources[source], Path(error.where).name
+                left_out.append(LeftOut(first + place, name, number, shard, str(error.value)))
+        return Batch(rows, first, tuple(left_out))
 
     def locate(self, sample: int) -> tuple[str, int]:
         """(name of the source, its row) of a sample; the name is empty where the build has no sources."""
@@ -103,7 +138,7 @@ def open_training(config: Config, folder: Path, steps: int | None = None) -> Tra
             f"it lasts for train.steps={steps} updates of {batch} rows: {steps * batch} rows",
             f"train.steps={samples // batch} or less, or a last stage without `tokens`",
         )
-    return TrainingRows(sources, order)
+    return TrainingRows(sources, order, data.damaged_shards == "quarantine")
 
 
 def _check_filled(sources: Mapping[str, TokenSplit | PackedSplit], sequence_length: int) -> None:
@@ -152,7 +187,7 @@ class BatchLoader:
         if samples is not None and self.cursor + self.global_batch > samples:
             raise StopIteration
         first, last = part_of(self.global_batch, self.rank, self.world_size)
-        batch = Batch(self.training.rows(self.cursor + first, self.cursor + last), self.cursor + first)
+        batch = self.training.batch(self.cursor + first, self.cursor + last)
         self.cursor += self.global_batch
         return batch
 

@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
         tree = json.loads(path.read_bytes())
         stored = tree.pop("manifest_sha256")
         version = tree["version"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(str(folder), "no manifest.json", "a build has a manifest", _nearest_build(folder)) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(str(path), error, "the manifest is whole", fix) from None

@@ -223,7 +223,7 @@ def open_rows(
     """The rows of a split as the config packs them.
 
     Args:
-        config: `data.packing` is used.
+        config: `data.packing` and `data.damaged_shards` are used.
         folder: The build.
         name: `train` or `heldout`.
         cache_bytes: Decoded tokens are kept up to this size.
@@ -232,7 +232,9 @@ def open_rows(
     Raises:
         DataError: The build has no usable manifest, or a file of it is missing or damaged.
     """
-    split = TokenSplit(folder, name, cache_bytes, source)
+    # What is held out is a measure, which must not change: it is read as a whole or not at all.
+    defers = name == "train" and config.data.damaged_shards == "quarantine"
+    split = TokenSplit(folder, name, cache_bytes, source, defers)
     return PackedSplit(split) if config.data.packing == "best_fit" else split
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.manifest import SPLITS, Manifest, Shard, fsync_folder, read_manifest
-from moe_dist.errors import DataError
+from moe_dist.errors import DataError, ShardError
 
 BATCH_TOKENS = 2**16
 CACHE_BYTES = 64 * 2**20
@@ -98,16 +98,25 @@ class TokenSplit:
         name: `train` or `heldout`.
         cache_bytes: Decoded batches are kept up to this size.
         source: Only the text of this source; None takes all.
+        defers: What is wrong with a shard is found when a token of it is asked for, not before, and is remembered.
 
     Attributes:
         shards: Those that are read, in the order of the text.
         places: Where each stands among all shards of the split.
 
     Raises:
-        DataError: The build has no usable manifest, or a shard is missing or of another size.
+        DataError: The build has no usable manifest.
+        ShardError: A shard is missing or of another size.
     """
 
-    def __init__(self, folder: Path, name: str, cache_bytes: int = CACHE_BYTES, source: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        cache_bytes: int = CACHE_BYTES,
+        source: str | None = None,
+        defers: bool = False,
+    ) -> None:
         if name not in SPLITS:
             raise DataError("split", name, f"a split is one of {', '.join(SPLITS)}", f"take {SPLITS[0]}")
         self.folder, self.name = Path(folder), name
@@ -119,8 +128,11 @@ class TokenSplit:
         self._verified: set[int] = set()
         self._cache: OrderedDict[tuple[int, int], NDArray[np.integer]] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
-        for shard in self.shards:
-            self._check_size(shard)
+        self._defers = defers
+        self._damage: dict[int, ShardError] = {}
+        if not defers:
+            for shard in self.shards:
+                self._check_size(shard)
 
     @property
     def num_tokens(self) -> int:
@@ -140,7 +152,7 @@ class TokenSplit:
         """Row i: [S + 1] ids.
 
         Raises:
-            DataError: A shard is damaged.
+            ShardError: A shard is damaged.
             IndexError: There is no such row.
         """
         if not 0 <= i < self.num_rows(sequence_length):
@@ -158,7 +170,7 @@ class TokenSplit:
         """Checks the hash of every shard now.
 
         Raises:
-            DataError: The first shard that is missing or damaged.
+            ShardError: The first shard that is missing or damaged.
         """
         for shard in self.shards:
             self._verify_shard(shard)
@@ -167,7 +179,7 @@ class TokenSplit:
         """Tokens [start, stop) of the stream, at least one.
 
         Raises:
-            DataError: A shard is damaged.
+            ShardError: A shard is damaged.
         """
         parts = []
         while start < stop:
@@ -183,13 +195,24 @@ class TokenSplit:
     def _batch(self, number: int, batch_number: int) -> NDArray[np.integer]:
         key = (number, batch_number)
         if key not in self._cache:
-            batch = self._decode(number, batch_number)
+            batch = self._read(number, batch_number)
             self._cache[key] = batch
             self._cached_bytes += batch.nbytes
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         self._cache.move_to_end(key)
         return self._cache[key]
+
+    def _read(self, number: int, batch_number: int) -> NDArray[np.integer]:
+        """Reads one batch; of a shard that is known to be damaged, not even its bytes."""
+        if number in self._damage:
+            raise self._damage[number]
+        try:
+            return self._decode(number, batch_number)
+        except ShardError as error:
+            if self._defers:
+                self._damage[number] = error
+            raise
 
     def _decode(self, number: int, batch_number: int) -> NDArray[np.integer]:
         """Reads one batch, without a memory map: a file that shrinks must be an error, not a signal."""
@@ -209,7 +232,10 @@ class TokenSplit:
 
     def _verify_shard(self, shard: Shard) -> None:
         self._check_size(shard)
-        found = file_sha256(self.folder / shard.file)
+        try:
+            found = file_sha256(self.folder / shard.file)
+        except OSError as error:
+            raise self._damaged(shard, error.strerror) from None
         if found != shard.sha256:
             raise self._damaged(shard, f"sha256 {found}, not {shard.sha256}")
 
@@ -223,8 +249,9 @@ class TokenSplit:
         if size != shard.file_bytes:
             raise self._damaged(shard, f"{size} bytes, not {shard.file_bytes}")
 
-    def _damaged(self, shard: Shard, found: object) -> DataError:
-        return DataError(str(self.folder / shard.file), found, "a shard is as its manifest says", _REBUILD)
+    def _damaged(self, shard: Shard, found: object) -> ShardError:
+        fix = f"{_REBUILD}, or train without it: data.damaged_shards=quarantine" if self.name == "train" else _REBUILD
+        return ShardError(str(self.folder / shard.file), found, "a shard is as its manifest says", fix)
 
 
 def file_sha256(path: Path) -> str:

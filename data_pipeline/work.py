@@ -117,12 +117,16 @@ class WorkFolder:
 
     def _write(self, path: Path, contents: bytes, durable: bool = False) -> None:
         own = self._unused()
-        with open(own, "wb") as file:
-            file.write(contents)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(own, path)
+        try:
+            with open(own, "wb") as file:
+                file.write(contents)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(own, path)
+        except OSError:
+            own.unlink(missing_ok=True)  # on a full disk even a part of a file is in the way
+            raise
 
     def _unused(self) -> Path:
         return self.scratch / uuid.uuid4().hex

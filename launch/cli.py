@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch import data_commands
+from launch.ablate_command import ablate_app
 from launch.checkpoint_commands import checkpoint_app
 from launch.config_commands import config_app
 from launch.exit_codes import ExitCode
 from launch.failure import RankCrash
 from launch.routing_commands import routing_app
 from launch.run_directory import prepare
+from launch.upcycle_command import upcycle_app
 from launch.verify_commands import verify
 from moe_dist.config import Config, load_config
 from moe_dist.errors import ConfigError, MoeDistError
@@ -46,6 +48,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(verify)
+app.add_typer(upcycle_app)
+app.add_typer(ablate_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -292,6 +296,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside training, the same as Ctrl-C
     try:
         code = app(standalone_mode=False) or ExitCode.DONE
+        if code == ExitCode.INTERRUPTED and not isinstance(code, ExitCode):  # a bare number: typer's word for Ctrl-C
+            raise KeyboardInterrupt
     except MoeDistError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
@@ -299,7 +305,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         code = ExitCode.FAILED
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped at once; the same command continues from the newest checkpoint", file=sys.stderr)
+        print("stopped at once; the same command goes on from what is done", file=sys.stderr)
         code = ExitCode.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,6 +14,7 @@ from data_pipeline.bigram import count_bigrams
 from data_pipeline.build import open_tokenizer
 from data_pipeline.loader import heldout_rows
 from data_pipeline.packing import open_rows
+from launch.batches import count_left_out
 from launch.run_directory import SUMMARY_FILE
 from launch.samples import generate_from_run
 from moe_dist.config import Config
@@ -59,6 +60,7 @@ def summarize(config: Config, status: str, step: int, recorder: Recorder) -> dic
         "skipped_steps": [row["step"] for row in rows if row.get("skipped")],
         "seconds": seconds,
         "effective_time": account(read_events(recorder.run_dir / PROGRESS_FILE)),
+        "left_out_rows": count_left_out(read_events(recorder.run_dir / PROGRESS_FILE)),
         "tokens_per_second": sum(row["tokens"] for row in rows) / seconds if rows else None,
         "mfu": sum(row["mfu"] * row["seconds"] for row in rows) / seconds if rows else None,
         "peak_gflops": recorder.peak_flops / 1e9,
@@ -84,7 +86,7 @@ def expert_load(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, An
     for layer, load in enumerate(demand.sum(0)):
         shares = (load / load.sum().clamp(min=1)).tolist()
         by_step = sum(row["max_vio"][layer] for row in rows) / len(rows)
-        number = config.model.num_dense_layers + layer
+        number = config.model.moe_blocks[layer]
         layers.append({"layer": number, "load": shares, "max_vio": max_violation(load), "max_vio_step": by_step})
     return layers
 

@@ -184,6 +184,7 @@ class Narrator:
         self._steps = 0
         self._starts = 0
         self._figures = ""
+        self._damaged: set[str] = set()  # shards that have been told of
 
     def tell(self, event: dict[str, Any]) -> None:
         """Shows one event; kinds it does not know are left out."""
@@ -207,10 +208,19 @@ class Narrator:
                 where = f"samples {event['first_sample']} to {event['last_sample']}"
                 what = f"loss {event['loss']}, gradient norm {event['grad_norm']}"
                 self._display.message(f"step {event['step']}: passed over, nothing changed: {what}; {where}")
+            case "quarantined":
+                self._quarantined(event)
             case "alarm":
                 self._display.message(f"warning: {event['text']}")
             case "message":
                 self._display.message(str(event["text"]))
+
+    def _quarantined(self, event: dict[str, Any]) -> None:
+        """The first rows of each shard; progress.jsonl lists all."""
+        if event["shard"] not in self._damaged:
+            self._damaged.add(event["shard"])
+            what = f"{event['shard']} is damaged ({event['reason']})"
+            self._display.message(f"warning: {what}; its rows are left empty, and listed in {PROGRESS_FILE}")
 
     def _start(self, event: dict[str, Any]) -> None:
         self._starts += 1

@@ -92,6 +92,9 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         facts.append(("effective", _effective(summary["effective_time"])))
     if summary.get("skipped_steps"):
         facts.append(("skipped", _skipped(summary["skipped_steps"])))
+    if summary.get("left_out_rows"):
+        rows, shards = sum(summary["left_out_rows"].values()), list(summary["left_out_rows"])
+        facts.append(("left out", f"{rows} rows of {len(shards)} damaged shards: {', '.join(shards[:_MOST_STEPS])}"))
     if summary.get("tokens_per_second") is not None:
         mfu = f", MFU {summary['mfu']:.1%}" if summary.get("mfu") is not None else ""
         facts.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s{mfu}"))

@@ -37,7 +37,9 @@ _MAY_CHANGE = (
     "train.routing_ledger",
     "train.checks",
     "data.prefetch_batches",
+    "data.damaged_shards",
     "train.checks_every_steps",
+    "train.equal_experts_at_start",
     "watch",
 )
 

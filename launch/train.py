@@ -59,8 +59,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     Raises:
         MoeDistError: What the user can act on.
     """
-    fence = Fence(Path(config.run.dir), process.generation)
-    fence.check()
+    (fence := Fence(Path(config.run.dir), process.generation)).check()
     if process.rank == 0:
         append_event(Path(config.run.dir), "boot")
     mesh = open_mesh(config, process)

@@ -39,6 +39,10 @@ class DataError(MoeDistError):
     """Input text, a tokenizer or a shard that is missing, unreadable or damaged."""
 
 
+class ShardError(DataError):
+    """A shard of a build that is missing or not as its manifest says; `data.damaged_shards` may train without it."""
+
+
 class StorageError(DataError):
     """Storage of the input that does not answer, refuses, or changes under the reader; no `skip` passes over it."""
 
@@ -55,6 +59,10 @@ class CheckpointError(MoeDistError):
 
 class LedgerError(MoeDistError):
     """A routing ledger that is missing, damaged, or of another model, data or seed."""
+
+
+class ExchangeError(MoeDistError):
+    """Weights of another system that are damaged, unsafe to read, or of a model that is not carried as it is."""
 
 
 class TrainingFault(MoeDistError):

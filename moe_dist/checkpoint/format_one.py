@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_dist.checkpoint.header import read_header
 from moe_dist.checkpoint.manifest import MANIFEST, OLDER, hash_of
-from moe_dist.checkpoint.opened import OpenFile
+from moe_dist.checkpoint.opened import open_file
 from moe_dist.errors import CheckpointError
 
 
@@ -35,7 +35,7 @@ def _part(path: Path, part: dict[str, Any]) -> dict[str, Any]:
     name = part["file"]
     if not isinstance(name, str) or Path(name).name != name:
         raise CheckpointError(str(path / MANIFEST), name, "a part lies in the checkpoint's folder", OLDER)
-    opened = OpenFile(path / name)
+    opened = open_file(path / name)
     try:
         header = read_header(opened, path / name)
     finally:

@@ -13,7 +13,7 @@ from moe_dist.checkpoint import pieces, store
 from moe_dist.checkpoint.agree import Outcome, attempt, on_every_rank, on_first_rank
 from moe_dist.checkpoint.manifest import OLDER, Manifest, read_manifest
 from moe_dist.checkpoint.memory import InMemory, Key, MemoryCopies
-from moe_dist.checkpoint.opened import Opened, OpenFile
+from moe_dist.checkpoint.opened import Opened, open_file
 from moe_dist.checkpoint.read import Reader, parameters_in
 from moe_dist.config import Config, ModelConfig, parse_config
 from moe_dist.errors import CheckpointError
@@ -81,7 +81,7 @@ def restore_newest(
             refused = _first_problem(on_every_rank(lambda: accept(path, manifest), mesh))  # noqa: B023
             if refused is not None:
                 raise CheckpointError(*refused)
-            opens = (lambda: memory.opener(in_memory.key)) if memory and in_memory else (lambda: OpenFile)  # noqa: B023
+            opens = (lambda: memory.opener(in_memory.key)) if memory and in_memory else (lambda: open_file)  # noqa: B023
             problem = _first_problem(on_every_rank(lambda: fill(path, manifest, opens()), mesh))  # noqa: B023
             if problem is None:
                 return Restored(path, manifest, *((in_memory.key, in_memory.record) if in_memory else ()))
@@ -130,7 +130,7 @@ def load_training_state(
     manifest: Manifest,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    opens: Callable[[Path], Opened] = OpenFile,
+    opens: Callable[[Path], Opened] = open_file,
 ) -> None:
     """Fills the weights, moments and buffers held here, whatever layout wrote them; reads no more than these.
 
@@ -139,10 +139,14 @@ def load_training_state(
     """
     check_names(path, manifest, model.config)
     pieces.prepare_moments(optimizer, manifest.step)
+    begins = _begins(manifest)
     with Reader(path, manifest, True, opens) as reader, torch.no_grad():
         for of_parameter, tensors in pieces.parameters_here(model, optimizer):
             for kind, held in tensors.items():
                 here, rows = local(held), rows_here(held) if held.ndim else range(1)
+                if begins and kind in pieces.MOMENTS:
+                    here.zero_()
+                    continue
                 for piece in of_parameter:
                     name = f"{kind}/{piece.name}"
                     if piece.index is not None and piece.index in rows:
@@ -174,17 +178,24 @@ def load_model(path: Path, manifest: Manifest, device: torch.device) -> Transfor
 
 
 def check_names(path: Path, manifest: Manifest, config: ModelConfig) -> None:
-    """That a checkpoint holds the tensors of a model and no others.
+    """That a checkpoint holds the tensors of a model and no others; imported weights have no moments.
 
     Raises:
         CheckpointError: It does not.
     """
-    expected, found = pieces.expected_shapes(config).keys(), manifest.tensors.keys()
+    expected, found = set(pieces.expected_shapes(config)), manifest.tensors.keys()
+    if _begins(manifest):
+        expected = {name for name in expected if name.startswith("model/")}
     for what, names in (("missing", sorted(expected - found)), ("unexpected", sorted(found - expected))):
         if names:
             shown = f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             rule = "the checkpoint holds every tensor of the model and its moments, and no other"
             raise CheckpointError(str(path), shown, rule, "use a checkpoint of this model")
+
+
+def _begins(manifest: Manifest) -> bool:
+    """Whether training begins with it: weights from elsewhere, before any update, so that moments are zero."""
+    return manifest.step == 0 and not any(name.startswith(pieces.MOMENTS) for name in manifest.tensors)
 
 
 def check_complete(path: Path, manifest: Manifest) -> Config:

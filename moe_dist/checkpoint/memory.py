@@ -233,7 +233,8 @@ class FileKeeper:
         """As `Keeper.open`."""
         for slot in self.files[kept.rank]:
             if self._text(*slot) == kept:
-                return MemoryFile(slot[0])
+                # Not `open_file`: the descriptor of another process looks like a link.
+                return OpenFile(os.open(slot[0], os.O_RDONLY | os.O_CLOEXEC))
         raise OSError("it is not there any more")
 
     def _text(self, part: Path, text: Path) -> Kept | None:
@@ -241,14 +242,6 @@ class FileKeeper:
             return Kept.from_bytes(text.read_bytes())
         except FileNotFoundError:
             return None
-
-
-class MemoryFile(OpenFile):
-    """A file that is known by its descriptor in the process that owns it, which looks like a link."""
-
-    def __init__(self, file: Path) -> None:
-        self._handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._handle).st_size
 
 
 def _write_over(file: Path, content: memoryview) -> None:

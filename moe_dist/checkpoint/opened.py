@@ -31,10 +31,10 @@ class Opened(Protocol):
 
 
 class OpenFile:
-    """A regular file."""
+    """A file that is open for reading."""
 
-    def __init__(self, file: Path) -> None:
-        self._handle = open_regular(file)
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
         self.size = os.fstat(self._handle).st_size
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -51,6 +51,15 @@ class OpenFile:
     def close(self) -> None:
         """Closes the descriptor."""
         os.close(self._handle)
+
+
+def open_file(file: Path) -> OpenFile:
+    """A regular file.
+
+    Raises:
+        CheckpointError: It is missing or something else.
+    """
+    return OpenFile(open_regular(file))
 
 
 def read_all(part: Opened, at: int, size: int) -> bytes:

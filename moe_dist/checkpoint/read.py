@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.header import read_header
 from moe_dist.checkpoint.manifest import CHUNK_BYTES, DTYPES, OLDER, Entry, Manifest, Part, hash_of
-from moe_dist.checkpoint.opened import Opened, OpenFile, read_all
+from moe_dist.checkpoint.opened import Opened, open_file, read_all
 from moe_dist.checkpoint.write import bytes_of
 from moe_dist.errors import CheckpointError
 from moe_dist.model.naming import Cut
@@ -40,7 +40,7 @@ class Reader:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, beside: bool = False, opens: Callable[[Path], Opened] = OpenFile
+        self, path: Path, manifest: Manifest, beside: bool = False, opens: Callable[[Path], Opened] = open_file
     ) -> None:
         self.path, self.manifest, self._opens = path, manifest, opens
         self._pool = ThreadPoolExecutor(_THREADS, "checkpoint-read") if beside else None

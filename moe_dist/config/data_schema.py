@@ -157,6 +157,11 @@ class DataConfig(Section):
     prefetch_batches: int = key(
         2, "Batches of a rank that are made ahead of the one it trains on; 0 makes none.", "batches", ge=0
     )
+    damaged_shards: Literal["stop", "quarantine"] = key(
+        "stop",
+        "What a training shard that is missing or damaged does: stop, or leave the rows that touch it empty in their "
+        "places, recorded by number in progress.jsonl; all other rows stay where they were.",
+    )
     documents: Literal["joined", "separate"] = key(
         "joined",
         "Documents in one row: joined, a token sees all before it in its row; or separate, it sees its own document "

@@ -109,6 +109,9 @@ class TrainConfig(Section):
         "and then that copies of a tensor are identical and experts are not; or the latter also at both ends of a run.",
     )
     checks_every_steps: int = key(100, "Copies of weights are compared every so many steps.", "steps", ge=1)
+    equal_experts_at_start: bool = key(
+        False, "Experts may be equal before the first update, as `moe-dist upcycle` makes them; checks allow it there."
+    )
     threads_per_rank: int | None = key(
         None, "CPU threads of a rank; null shares the machine's cores evenly.", "threads", ge=1
     )

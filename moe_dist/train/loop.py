@@ -98,6 +98,8 @@ class Trainer:
         # Parsed, so that a key which is newer than the checkpoint has its default there.
         before, now = parse_config(manifest.config).model_dump(mode="json"), self.config.model_dump(mode="json")
         _check_same_model(path, before["model"], now["model"])
+        if not manifest.step and not manifest.data:  # weights from elsewhere: no batch was read before them
+            return
         old, new = ({"documents": tree["data"].get("documents", "joined")} for tree in (before, now))
         _check_same_model(path, old, new, "data")
         self.batches.load_state_dict(manifest.data)

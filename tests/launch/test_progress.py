@@ -132,6 +132,7 @@ def test_print_report_fits_100_columns_without_colours() -> None:
         },
         "expert_load": [{"layer": i, "load": [1 / 16] * 16, "max_vio": 0.1} for i in range(4)],
         "drop_rate": 0.0,
+        "left_out_rows": {"train-000001-0000.arrow": 12, "train-000003-0000.arrow": 1},
         "routing": {"experts": 64, "dead_experts": 3, "entropy_nats": 1.25, "even_entropy_nats": 2.773}
         | {"rank_load": 1.061, "bytes_sent": 12_345_678.0},
         "samples": [{"prompt": "def ", "text": "def f(x): [red]" + "a" * 200}] * 3,
@@ -145,6 +146,7 @@ def test_print_report_fits_100_columns_without_colours() -> None:
     for part in ("7.6200", "2.400", "[red]", "MaxVio", "5,123 tokens/s, MFU 31.0%", "2 on 2 nodes", "runs/demo"):
         assert part in text
     assert "3 of 64 experts dead, entropy 1.25 of 2.77 nats, rank load 1.06, 12.3 MB sent a step" in text
+    assert "13 rows of 2 damaged shards: train-000001-0000.arrow, train-000003" in text
     assert text.count("6.2") == 4 * 16 + 1
     assert "\x1b" not in text
 
