@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launch.exit_codes import ExitCode
+from launch.keepers import Shelf
 from moe_dist.checkpoint.load import load_training_state, restore_newest
 from moe_dist.checkpoint.memory import FileKeeper, Kept, Key, MemoryCopies
 from moe_dist.checkpoint.save import Saved
@@ -19,9 +20,10 @@ from moe_dist.runtime.generation import Fence
 from moe_dist.train.step import Trainee
 from tests.checkpoint.test_resume import AFTER, BEFORE, LAYOUTS, ROWS, save, state_of, train, trainee_of
 from tests.faults.test_signals import config_path, finish, ranks, reached, start
+from tests.faults.three_nodes import play
 from tests.launch.conftest import events, wait_until
 from tests.support.gang import run_gang
-from tests.support.tolerances import RELATIVE
+from tests.support.tolerances import RELATIVE, TWENTY_STEPS
 
 __all__ = ["config_path"]  # a fixture
 GIVEN_BY = 4
@@ -155,6 +157,42 @@ def test_two_states_are_held_and_the_whole_one_is_never_written_over(tmp_path):
     assert sum(file.stat().st_size > 40 for file in tmp_path.glob("part-*")) == 2
     keeper.put(*kept(Key(3, 1), 60), None)  # a state of the disk was gone on from: nothing here counts any more
     assert [held.key for held in keeper.find()] == [Key(3, 1)]
+
+
+def test_actor_of_a_node_holds_two_states_of_each_rank_and_refuses_an_older_generation():
+    shelf = Shelf()
+
+    def put(rank: int, key: Key, keep: Key | None) -> None:
+        shelf.put((rank, key), b"%d" % rank, bytes([key.step]) * 9, keep)
+
+    def held() -> set[tuple[int, Key]]:
+        return set(shelf.parts)
+
+    for step in (1, 2, 3):
+        for rank in (0, 1, 2):
+            put(rank, Key(1, step), Key(1, step - 1) if step > 1 else None)
+    assert held() == {(rank, Key(1, step)) for rank in (0, 1, 2) for step in (2, 3)}
+    put(0, Key(1, 4), Key(1, 3))  # then rank 2 is lost: two ranks go on from step 3
+    put(0, Key(2, 4), Key(1, 3))
+    assert held() == {(0, Key(2, 4)), *((rank, Key(1, 3)) for rank in (0, 1, 2))}
+    put(1, Key(2, 4), Key(1, 3))
+    put(0, Key(2, 5), Key(2, 4))
+    assert held() == {(0, Key(2, 4)), (1, Key(2, 4)), (0, Key(2, 5))}
+    assert shelf.read((0, Key(2, 5)), 2, 6) == bytes([5]) * 4
+    with pytest.raises(ValueError, match="generation 1; 2 has begun"):
+        put(0, Key(1, 9), None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_lost_workers_and_nodes_on_ray_lose_no_step(tmp_path: Path) -> None:
+    """The four faults of three_nodes.py; the disk has a checkpoint only where the run was asked to stop."""
+    more = ("checkpoint.memory_every_steps=1", "checkpoint.every_steps=100000")
+    found = play(tmp_path, "optimizer.min_lr_fraction=1.0", *more)
+    assert [(recovery.ranks, recovery.lost_steps) for recovery in found.recoveries] == [(3, 0), (3, 0), (2, 0), (3, 0)]
+    restored = events(tmp_path / "run", "restored")
+    assert [event["path"] for event in restored] == [f"memory/step-{event['step']:08d}" for event in restored]
+    assert found.losses == pytest.approx(found.undisturbed, rel=TWENTY_STEPS)
 
 
 def test_killed_ranks_start_again_from_memory_and_no_step_is_made_twice(config_path: Path, tmp_path: Path) -> None:
