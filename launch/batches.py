@@ -46,7 +46,8 @@ class RankBatches:
         if before != self.tokenizer:
             fix = "point data.* at the data the run began with, or start a new run"
             raise CheckpointError("data order: tokenizer", before, f"it is that of this run: {self.tokenizer}", fix)
-        self.batches.load_state_dict(state)
+        if state.keys() - {"tokenizer_sha256"}:
+            self.batches.load_state_dict(state)  # else weights from elsewhere, which begin with the first sample
 
     def close(self) -> None:
         """Ends the thread that makes batches ahead."""

@@ -49,7 +49,7 @@ def list_checkpoints(place: Place, as_json: AsJson = False) -> None:
     from moe_dist.checkpoint.manifest import read_manifest
 
     rows = []
-    for path in _checkpoints(place):
+    for path in checkpoints_of(place):
         row: dict[str, Any] = {"path": str(path), "step": None, "bytes": None, "parts": None, "layout": None}
         try:
             manifest = read_manifest(path)
@@ -73,7 +73,7 @@ def verify(place: Place, as_json: AsJson = False) -> None:
     from moe_dist.checkpoint.read import damages
 
     console, rows = _console(as_json), []
-    for path in _checkpoints(place):
+    for path in checkpoints_of(place):
         problems: list[MoeDistError] = []
         try:
             manifest = read_manifest(path)
@@ -100,7 +100,7 @@ def show(place: Annotated[str, _one("CHECKPOINT")], as_json: AsJson = False) -> 
     from moe_dist.checkpoint.compare import summary_of
     from moe_dist.checkpoint.manifest import read_manifest
 
-    path = _checkpoints(place)[0]
+    path = checkpoints_of(place)[0]
     summary = {"path": str(path), **summary_of(read_manifest(path))}
     console = _console(as_json)
     for name in ("path", "format", "step", "save", "layout", "bytes", "tensors", "experts", "data", "state"):
@@ -123,7 +123,7 @@ def diff(a: Annotated[str, _one("A")], b: Annotated[str, _one("B")], as_json: As
     """
     from moe_dist.checkpoint.compare import compare
 
-    found = compare(_checkpoints(a)[0], _checkpoints(b)[0])
+    found = compare(checkpoints_of(a)[0], checkpoints_of(b)[0])
     console = _console(as_json)
     _print_differences(found, console)
     _answer(as_json, found)
@@ -145,7 +145,7 @@ def reshard(
     """
     from moe_dist.checkpoint.reshard import reshard as cut_anew
 
-    path = _checkpoints(place)[0]
+    path = checkpoints_of(place)[0]
     written = cut_anew(path, Path(out), parts)
     _console(as_json).print(f"{path} is in {parts} parts at {written}")
     _answer(as_json, {"from": str(path), "path": str(written), "parts": parts})
@@ -165,7 +165,7 @@ def prune(
     """
     from moe_dist.checkpoint import store
 
-    kept, damaged, gone = _sorted_out(_checkpoints(place), keep, keep_every)
+    kept, damaged, gone = _sorted_out(checkpoints_of(place), keep, keep_every)
     console = _console(as_json)
     for word, paths in (("keep", kept), ("damaged", damaged), ("would go" if dry_run else "removed", gone)):
         for path in paths:
@@ -198,7 +198,7 @@ def _sorted_out(paths: list[Path], keep: int, keep_every: int) -> tuple[list[Pat
     return kept, damaged, gone
 
 
-def _checkpoints(place: str) -> list[Path]:
+def checkpoints_of(place: str) -> list[Path]:
     """The checkpoint that is meant, or those of a run, newest first.
 
     Raises:

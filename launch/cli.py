@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch import data_commands
+from launch.ablate_command import ablate_app
 from launch.checkpoint_commands import checkpoint_app
 from launch.config_commands import config_app
 from launch.exit_codes import ExitCode
 from launch.failure import RankCrash
 from launch.routing_commands import routing_app
 from launch.run_directory import prepare
+from launch.upcycle_command import upcycle_app
 from launch.verify_commands import verify
 from moe_dist.config import Config, load_config
 from moe_dist.errors import ConfigError, MoeDistError
@@ -46,6 +48,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(verify)
+app.add_typer(upcycle_app)
+app.add_typer(ablate_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -85,10 +89,11 @@ def train(
     """
 
     def run(checked: Config, display: Display) -> dict[str, Any]:
+        from launch.generations import run_on_ray
         from launch.progress import follow
-        from launch.ray_cluster import connect, run_on_ray
+        from launch.ray_cluster import connect
 
-        _check_layout(checked, checked.launch.workers)
+        _check_layout(checked, checked.launch.workers.max)
         display.message("connecting to Ray")
         with connect(checked, address) as cluster:
             where = "started on this machine" if cluster.started_here else f"at {cluster.address}"

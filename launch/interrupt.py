@@ -55,10 +55,24 @@ class StopRequest:
         """Asks the ranks to stop after the first signal; returns whether a second one came."""
         if self._signals and not self._asked:
             self._asked = True
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.touch()
+            self.ask_ranks()
             self._say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
         return self._signals > 1
+
+    @property
+    def asked(self) -> bool:
+        """Whether the person asked to stop."""
+        return self._signals > 0
+
+    def ask_ranks(self) -> None:
+        """Asks the ranks to save and end, as a signal does, for reasons of the launcher's own."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.touch()
+
+    def withdraw(self) -> None:
+        """Lets ranks that are started now go on, unless the person asked to stop."""
+        if not self._signals:
+            self._file.unlink(missing_ok=True)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1

@@ -21,9 +21,12 @@ from typing import Any
 
 from launch.environment import cores, rank_environment, variables_set
 from launch.failure import RankError, first_cause
+from launch.hang_watch import HangWatch
 from launch.interrupt import StopRequest, heed_signals_of_a_rank, to_stderr
+from launch.one_launcher import only_launcher
 from launch.run_directory import tell_attempt
 from moe_dist.config import Config
+from moe_dist.runtime.generation import begin_generation
 
 DEFAULT_WORKER = "launch.train:run_worker"
 _POLL_SECONDS = 0.2
@@ -39,6 +42,7 @@ class _Task:
     ranks: int
     init_method: str
     worker: str
+    generation: int
 
 
 @dataclasses.dataclass
@@ -70,18 +74,27 @@ def run_local(
     Raises:
         MoeDistError: What the first failing rank raised, or `TrainingFault` when one was killed.
         RankCrash: Any other exception of a rank, with its traceback.
+        TrainingFault: A rank hangs.
+        ConfigError: Another launcher is at work on this run.
         KeyboardInterrupt: Ctrl-C was pressed twice.
     """
-    with tempfile.TemporaryDirectory(prefix="moe-dist-") as folder, StopRequest(Path(config.run.dir), say) as stop:
-        task = _Task(config, build_dir, ranks, f"file://{folder}/rendezvous", worker)
+    run_dir = Path(config.run.dir)
+    with (
+        only_launcher(run_dir),
+        tempfile.TemporaryDirectory(prefix="moe-dist-") as folder,
+        StopRequest(run_dir, say) as stop,
+    ):
+        generation = begin_generation(run_dir)
+        task = _Task(config, build_dir, ranks, f"file://{folder}/rendezvous", worker, generation)
+        watch = HangWatch(run_dir, ranks, generation, config.launch.hang_timeout_seconds)
         gang: list[_Rank] = []
-        tell_attempt(Path(config.run.dir))
+        tell_attempt(run_dir)
         try:
             # No GPU is shown to the ranks: several of them cannot share one in NCCL.
             with variables_set(rank_environment(config, cores() / ranks) | {"CUDA_VISIBLE_DEVICES": ""}):
                 for rank in range(ranks):
                     gang.append(_start(task, rank))
-            _supervise(gang, stop)
+            _supervise(gang, stop, watch)
         finally:
             _end(gang)
     return gang[0].summary or {}
@@ -102,7 +115,7 @@ def _start(task: _Task, rank: int) -> _Rank:
     return _Rank(process, receiving)
 
 
-def _supervise(gang: list[_Rank], stop: StopRequest) -> None:
+def _supervise(gang: list[_Rank], stop: StopRequest, watch: HangWatch) -> None:
     """Returns when every rank has ended well; raises the first failure."""
     while not all(rank.ended for rank in gang):
         _receive(gang, _POLL_SECONDS)
@@ -113,6 +126,9 @@ def _supervise(gang: list[_Rank], stop: StopRequest) -> None:
             while time.monotonic() < deadline and not all(rank.ended or rank.error for rank in gang):
                 _receive(gang, _POLL_SECONDS)
             raise first_cause([rank.error for rank in gang if rank.error]).exception()
+        hanging = watch.look()
+        if hanging is not None:
+            raise hanging
 
 
 def _receive(gang: list[_Rank], seconds: float) -> None:
@@ -175,7 +191,8 @@ def _run_rank(task: _Task, rank: int, results: Connection) -> dict[str, Any]:
     from moe_dist.runtime.process import Place, open_process
 
     run_worker = load_worker(task.worker)
-    with open_process(Place(rank, task.ranks, rank, task.ranks, "local"), task.config, task.init_method) as process:
+    place = Place(rank, task.ranks, rank, task.ranks, "local", task.generation)
+    with open_process(place, task.config, task.init_method) as process:
         try:
             return run_worker(task.config, task.build_dir, process)
         except BaseException as error:

@@ -86,7 +86,7 @@ def expert_load(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, An
     for layer, load in enumerate(demand.sum(0)):
         shares = (load / load.sum().clamp(min=1)).tolist()
         by_step = sum(row["max_vio"][layer] for row in rows) / len(rows)
-        number = config.model.num_dense_layers + layer
+        number = config.model.moe_blocks[layer]
         layers.append({"layer": number, "load": shares, "max_vio": max_violation(load), "max_vio_step": by_step})
     return layers
 

@@ -124,7 +124,7 @@ def replay(
         keys = [*(overrides or ()), f"train.routing_replay={json.dumps(str(folder))}", "train.routing_ledger=none"]
         # The learning rate of a step depends on the number of steps that were planned.
         checked = load_config(config, [*keys, f"train.steps={header['train_steps']}", f"run.dir={json.dumps(run_dir)}"])
-        blocks = range(checked.model.num_dense_layers, checked.model.num_layers)
+        blocks = checked.model.moe_blocks
         batch = (checked.train.global_batch_sequences, checked.data.sequence_length_tokens)
         check_header(str(folder), header, run_header(checked, blocks, batch), (*SHAPE, "seed"))
         summary = _run(checked, ranks)
@@ -195,7 +195,7 @@ def _print_drift(config: Config, summary: dict[str, Any], stream: Any) -> None:
     for step, (loss, drift) in enumerate(zip(summary["losses"], summary["drift"], strict=True), start=1):
         worst = max(range(len(drift)), key=drift.__getitem__, default=0)
         mean = sum(drift) / max(1, len(drift))
-        largest = f"{drift[worst]:.2%} in layer {config.model.num_dense_layers + worst}" if drift else ""
+        largest = f"{drift[worst]:.2%} in layer {config.model.moe_blocks[worst]}" if drift else ""
         table.add_row(str(step), f"{loss:.6f}", f"{mean:.2%}", largest)
     Console(file=stream, highlight=False, markup=False).print(table)
 

@@ -19,6 +19,7 @@ from moe_dist.train import PROGRESS_FILE
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+_TAIL_BYTES = 1 << 18
 
 # Keys and sections that a continued run may change: where and how it runs, not what it trains. `train.steps` moves the
 # end of the run, and with it the learning rate of the steps still to come.
@@ -38,6 +39,7 @@ _MAY_CHANGE = (
     "data.prefetch_batches",
     "data.damaged_shards",
     "train.checks_every_steps",
+    "train.equal_experts_at_start",
     "watch",
 )
 
@@ -96,6 +98,17 @@ def tell_attempt(run_dir: Path) -> None:
     """Notes that ranks are about to be started; a launcher need not import the trainer for that."""
     with contextlib.suppress(OSError), (run_dir / PROGRESS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"event": "attempt", "time": time.time()}) + "\n")
+
+
+def reached_step(run_dir: Path) -> int:
+    """The last step that the record of a run tells of; 0 where it tells of none."""
+    path = run_dir / PROGRESS_FILE
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        steps = re.findall(rb'"event": "step".*?"step": (\d+)', file.read())
+    return max(map(int, steps), default=0)
 
 
 def _is_local(source: str) -> bool:

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.layout import layout_of, ranks_of_node
 from moe_dist.parallel.mesh import Groups, Mesh, build_mesh
 from moe_dist.parallel.zero import share_out
+from moe_dist.runtime.generation import Fence
+from moe_dist.runtime.heartbeat import beat_seconds, heartbeat
 from moe_dist.runtime.process import Process
 from moe_dist.runtime.profiling import measure_gemm_peak
 from moe_dist.train.evaluate import HeldOut
@@ -56,6 +59,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     Raises:
         MoeDistError: What the user can act on.
     """
+    (fence := Fence(Path(config.run.dir), process.generation)).check()
     if process.rank == 0:
         append_event(Path(config.run.dir), "boot")
     mesh = open_mesh(config, process)
@@ -65,7 +69,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
 
     trainee = build_trainee(config, mesh, process.device, separating_token(config, build_dir))
 
-    recorder = open_recorder(config, process, mesh)
+    recorder = open_recorder(config, process, mesh, fence)
     trainer = Trainer(trainee, batches, held_out, recorder)
     started = time.perf_counter()
     trainer.restore()
@@ -78,7 +82,8 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     if process.rank == 0:
         shutil.copyfile(build_dir / TOKENIZER_NAME, Path(config.run.dir) / TOKENIZER_NAME)
     try:
-        status = trainer.run(stop_asked=(Path(config.run.dir) / STOP_FILE).exists)
+        with watched(config, process, trainer):
+            status = trainer.run(stop_asked=(Path(config.run.dir) / STOP_FILE).exists)
     finally:
         trainer.close()
         batches.close()
@@ -122,13 +127,21 @@ def parameter_type(config: Config) -> torch.dtype:
     return torch.float64 if config.train.precision == "fp64" else torch.float32
 
 
-def open_recorder(config: Config, process: Process, mesh: Mesh) -> Recorder:
+def watched(config: Config, process: Process, trainer: Trainer) -> AbstractContextManager[None]:
+    """Lets the launcher know that this rank goes on, and where it stands when it does not."""
+    limit, place = config.launch.hang_timeout_seconds, (process.rank, process.generation)
+    if limit is None:
+        return nullcontext()
+    return heartbeat(Path(config.run.dir), place, lambda: trainer.step, beat_seconds(limit))
+
+
+def open_recorder(config: Config, process: Process, mesh: Mesh, fence: Fence) -> Recorder:
     """The record of the run, with the measured matrix-product peak of all ranks together."""
     compute = torch.bfloat16 if config.train.precision == "bf16" else parameter_type(config)
     gather_objects("ready", mesh.world)  # all measure at the same time, as they will train
     peak = sum(gather_objects(measure_gemm_peak(process.device, compute), mesh.world))
     flops = training_flops_per_token(config.model, config.data.sequence_length_tokens)
-    return Recorder(Path(config.run.dir), process.rank == 0, flops, peak)
+    return Recorder(Path(config.run.dir), process.rank == 0, flops, peak, fence)
 
 
 def list_workers(process: Process, mesh: Mesh) -> list[dict[str, Any]]:

@@ -61,6 +61,10 @@ class LedgerError(MoeDistError):
     """A routing ledger that is missing, damaged, or of another model, data or seed."""
 
 
+class ExchangeError(MoeDistError):
+    """Weights of another system that are damaged, unsafe to read, or of a model that is not carried as it is."""
+
+
 class TrainingFault(MoeDistError):
     """Training cannot go on: an invariant that does not hold (train/checks.py), or workers that failed too often."""
 

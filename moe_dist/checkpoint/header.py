@@ -32,13 +32,17 @@ class Header:
     save: str
 
 
-def plan_header(tensors: dict[str, tuple[torch.Size, torch.dtype]], save: str, step: int) -> Header:
+def plan_header(tensors: dict[str, tuple[torch.Size, torch.dtype]], told: dict[str, str]) -> Header:
     """Lays tensors out one after the other, wide types first, so that each begins at a multiple of its width.
 
     Those of one width stay in their order: in which they are copied, and in which a rank of the same layout reads them.
+
+    Args:
+        tensors: Shape and type by name.
+        told: What else the file says of itself: `save`, and `step`.
     """
     order = sorted(tensors, key=lambda name: -tensors[name][1].itemsize)
-    tree: dict[str, Any] = {"__metadata__": {"save": save, "step": str(step)}}
+    tree: dict[str, Any] = {"__metadata__": told}
     places: dict[str, dict[str, Any]] = {}
     end = 0
     for name in order:
@@ -49,7 +53,7 @@ def plan_header(tensors: dict[str, tuple[torch.Size, torch.dtype]], save: str, s
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     content = len(text).to_bytes(8, "little") + text
-    return Header(content, _from_beginning(places, len(content)), save)
+    return Header(content, _from_beginning(places, len(content)), told.get("save", ""))
 
 
 def read_header(handle: int, file: Path) -> Header:

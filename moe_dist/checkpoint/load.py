@@ -94,10 +94,14 @@ def load_training_state(path: Path, manifest: Manifest, model: Transformer, opti
     """
     check_names(path, manifest, model.config)
     pieces.prepare_moments(optimizer, manifest.step)
+    begins = _begins(manifest)
     with Reader(path, manifest, beside=True) as reader, torch.no_grad():
         for of_parameter, tensors in pieces.parameters_here(model, optimizer):
             for kind, held in tensors.items():
                 here, rows = local(held), rows_here(held) if held.ndim else range(1)
+                if begins and kind in pieces.MOMENTS:
+                    here.zero_()
+                    continue
                 for piece in of_parameter:
                     name = f"{kind}/{piece.name}"
                     if piece.index is not None and piece.index in rows:
@@ -129,17 +133,24 @@ def load_model(path: Path, manifest: Manifest, device: torch.device) -> Transfor
 
 
 def check_names(path: Path, manifest: Manifest, config: ModelConfig) -> None:
-    """That a checkpoint holds the tensors of a model and no others.
+    """That a checkpoint holds the tensors of a model and no others; imported weights have no moments.
 
     Raises:
         CheckpointError: It does not.
     """
-    expected, found = pieces.expected_shapes(config).keys(), manifest.tensors.keys()
+    expected, found = set(pieces.expected_shapes(config)), manifest.tensors.keys()
+    if _begins(manifest):
+        expected = {name for name in expected if name.startswith("model/")}
     for what, names in (("missing", sorted(expected - found)), ("unexpected", sorted(found - expected))):
         if names:
             shown = f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             rule = "the checkpoint holds every tensor of the model and its moments, and no other"
             raise CheckpointError(str(path), shown, rule, "use a checkpoint of this model")
+
+
+def _begins(manifest: Manifest) -> bool:
+    """Whether training begins with it: weights from elsewhere, before any update, so that moments are zero."""
+    return manifest.step == 0 and not any(name.startswith(pieces.MOMENTS) for name in manifest.tensors)
 
 
 def check_complete(path: Path, manifest: Manifest) -> Config:

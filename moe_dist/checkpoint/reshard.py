@@ -74,7 +74,7 @@ def _write(reader: Reader, folder: Path, names: list[str], save: str, place: tup
     manifest = reader.manifest
     entries = {name: manifest.tensors[name][1] for name in names}
     shapes = {name: (torch.Size(entry.shape), DTYPES[entry.dtype]) for name, entry in entries.items()}
-    header = plan_header(shapes, save, manifest.step)
+    header = plan_header(shapes, {"save": save, "step": str(manifest.step)})
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in header.tensors:

@@ -30,6 +30,7 @@ from moe_dist.errors import CheckpointError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.collectives import from_first
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.runtime.generation import Fence
 
 _LOOK_EVERY_SECONDS, _LEAVE_AFTER_SECONDS = 0.02, 2.0
 
@@ -59,13 +60,17 @@ class Saver:
         mesh: This rank.
         settings: What is kept, and whether writing is done beside training.
         idle_seconds: Rank 0 gives a save up when so long nothing is added to it.
+        fence: Refuses what a process of an older generation would write.
 
     Attributes:
         step: Updates made at the save that was started last.
     """
 
-    def __init__(self, root: Path, mesh: Mesh, settings: CheckpointConfig, idle_seconds: float = 300) -> None:
+    def __init__(
+        self, root: Path, mesh: Mesh, settings: CheckpointConfig, idle_seconds: float = 300, fence: Fence | None = None
+    ) -> None:
         self.root, self.mesh, self.settings, self.idle_seconds = root, mesh, settings, idle_seconds
+        self.fence = fence or Fence()
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
@@ -87,6 +92,7 @@ class Saver:
         numbers, width = sum(shape.numel() for shape in self._needed.values()), _width(model)
 
         def begin() -> tuple[str, str]:
+            self.fence.check()
             return str(store.begin(self.root, saved.step, numbers * width)), uuid.uuid4().hex
 
         folder, save = on_first_rank(begin, self.mesh).unwrap()
@@ -131,7 +137,7 @@ class Saver:
 
     def _write(self, draft: Draft, saved: Saved) -> None:
         """The background: nothing here may raise, and nothing may enter a collective."""
-        written = attempt(lambda: _written(draft, self._copy), self.mesh.rank)
+        written = attempt(lambda: self._written(draft), self.mesh.rank)
         if self.mesh.rank > 0:
             draft.report(written)
             self._decided.set()
@@ -144,6 +150,10 @@ class Saver:
         if outcome.problem is None:  # only the next save waits for this; what a kill leaves of it is swept
             attempt(lambda: self._prune(Path(outcome.value)), 0)
 
+    def _written(self, draft: Draft) -> dict[str, Any]:
+        self.fence.check()
+        return _written(draft, self._copy)
+
     def _prune(self, published: Path) -> None:
         store.prune(self.root, published, self.settings.keep, self.settings.keep_every_steps)
 
@@ -153,7 +163,8 @@ class Saver:
         _check_coverage(parts, set(self._needed), draft.folder)
         stored = {"step": saved.step, "config": saved.config, "data": saved.data, "state": saved.state}
         told = {"format": FORMAT, "save": draft.save, "layout": str(self.mesh.layout), "parts": parts, **stored}
-        return str(store.commit(draft.folder, checked(told, str(draft.folder))))
+        manifest = checked(told, str(draft.folder))
+        return str(store.commit(draft.folder, manifest, self.fence.check))
 
 
 @dataclass(frozen=True)

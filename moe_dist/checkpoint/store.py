@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from moe_dist.checkpoint.manifest import MANIFEST, Manifest, manifest_bytes
@@ -79,10 +80,14 @@ def sweep(root: Path) -> None:
             aside.rename(name)
 
 
-def commit(folder: Path, manifest: Manifest) -> Path:
-    """Writes the manifest, makes everything durable, and gives the folder its final name."""
+def commit(folder: Path, manifest: Manifest, allowed: Callable[[], None] = lambda: None) -> Path:
+    """Writes the manifest, makes everything durable, and gives the folder its final name.
+
+    `allowed` raises where this process may not publish any more; it is asked last, just before the name is given.
+    """
     write_durably(folder / MANIFEST, manifest_bytes(manifest))
     sync_folder(folder)
+    allowed()
     final = folder.parent / step_name(manifest.step)
     replaced = folder.parent / f".replaced-{final.name}-{uuid.uuid4().hex[:8]}"
     if final.exists():

@@ -68,7 +68,7 @@ class HostCopy:
 
     def begin(self, shapes: dict[str, tuple[torch.Size, torch.dtype]], save: str, step: int, pinned: bool) -> None:
         """Plans the part and finds room for it; `write` may follow at once, on another thread."""
-        self.header, self._filled = plan_header(shapes, save, step), Filled()
+        self.header, self._filled = plan_header(shapes, {"save": save, "step": str(step)}), Filled()
         size = -(-self.num_bytes // _PAGE) * _PAGE
         if self._memory is None or len(self._memory) < size:
             self._memory = None

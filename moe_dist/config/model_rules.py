@@ -4,41 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe_dist.config.attention_rules import attention_rules
+from moe_dist.config.model_schema import ModelConfig
 from moe_dist.config.section import Section
 from moe_dist.errors import ConfigError
 
 # Keys of the model, below `model`, that nothing reads yet. A value other than the default is refused.
 _NOT_BUILT = (
-    "moe_every_layers",
-    "ffn_activation",
-    "ffn_bias",
     "mix.kind",
-    "attention.kind",
-    "attention.qk_norm",
-    "attention.qkv_bias",
-    "attention.output_bias",
-    "attention.window_tokens",
-    "attention.sinks",
-    "positions",
-    "rope_pairing",
-    "rope_scaling.kind",
-    "norm",
     "mtp_layers",
-    "moe.expert_bias",
 )
-_ACTIVATIONS = ("swiglu", "gelu", "relu")
 
 
-def not_built_rules(model: Section) -> Iterator[ConfigError]:
-    """Options that are declared and not built."""
+def model_option_rules(model: ModelConfig) -> Iterator[ConfigError]:
+    """Options that are declared and not built, and what those that are built demand of each other."""
+    yield from attention_rules(model)
     plain = type(model)()
     for path in _NOT_BUILT:
         value, default = _value(model, path), _value(plain, path)
         if value != default:
             yield ConfigError(f"model.{path}", value, "is not built yet", f"model.{path}={default}")
-    activation = _value(model, "moe.activation")
-    if activation not in _ACTIVATIONS:
-        yield ConfigError("model.moe.activation", activation, "is not built yet", "model.moe.activation=swiglu")
 
 
 def _value(section: Section, path: str) -> object:

@@ -135,12 +135,12 @@ class RopeScalingConfig(Section):
         "raises the temperature (Peng et al. 2023).",
     )
     factor: float = key(1.0, "Context after over context before.", ge=1)
-    original_tokens: int = key(4096, "Context before, which yarn and ntk measure by.", "tokens", ge=1)
+    original_tokens: int = key(4096, "Context before, which yarn measures by.", "tokens", ge=1)
     beta_fast: float = key(32.0, "YaRN: channels that turn so often or more in the old context are kept.", gt=0)
     beta_slow: float = key(1.0, "YaRN: channels that turn so often or less are divided by the factor.", gt=0)
     whole_bounds: bool = key(True, "YaRN: the bounds between kept and divided channels are rounded (not in gpt-oss).")
-    mscale: float | None = key(None, "YaRN: weight of the temperature in cosines and sines (DeepSeek).", ge=0)
-    mscale_all_dim: float | None = key(None, "YaRN: weight of the temperature in all scores (DeepSeek).", ge=0)
+    mscale: float | None = key(None, "YaRN: weight of the temperature in cosines and sines (DeepSeek).", gt=0)
+    mscale_all_dim: float | None = key(None, "YaRN: weight of the temperature in all scores (DeepSeek).", gt=0)
 
 
 class MixConfig(Section):
@@ -202,3 +202,13 @@ class ModelConfig(Section):
         0, "Modules that predict one token further each (multi-token prediction, DeepSeek-V3).", "layers", ge=0
     )
     mtp_loss: float = key(0.3, "Coefficient of the mean loss of these modules.", ge=0)
+
+    def has_experts(self, block: int) -> bool:
+        """Whether the feed-forward of a block, counted from 0, is a mixture of experts."""
+        behind = block - self.num_dense_layers
+        return behind >= 0 and (behind + 1) % self.moe_every_layers == 0
+
+    @property
+    def moe_blocks(self) -> list[int]:
+        """The blocks whose feed-forward is a mixture of experts, counted from 0."""
+        return [block for block in range(self.num_layers) if self.has_experts(block)]

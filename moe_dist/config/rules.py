@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterator
 
 from moe_dist.config.cleaning_rules import decontaminate_rules, near_duplicate_rules
 from moe_dist.config.data_schema import QUALITY_RULES
-from moe_dist.config.model_rules import not_built_rules
+from moe_dist.config.model_rules import model_option_rules
 from moe_dist.config.model_schema import MoEConfig
+from moe_dist.config.run_rules import launch_rules, ledger_rules
 from moe_dist.config.schema import Config
 from moe_dist.config.source_rules import source_rules
 from moe_dist.errors import ConfigError
@@ -30,12 +30,13 @@ def broken_rules(config: Config) -> Iterator[ConfigError]:
     yield from _data_rules(config)
     yield from source_rules(config.data)
     yield from _model_rules(config)
-    yield from not_built_rules(config.model)
+    yield from model_option_rules(config.model)
     yield from _moe_rules(config)
     yield from _expert_rules(config)
     yield from _parallel_rules(config)
+    yield from launch_rules(config)
     yield from _precision_rules(config)
-    yield from _ledger_rules(config)
+    yield from ledger_rules(config)
 
 
 def _data_rules(config: Config) -> Iterator[ConfigError]:
@@ -65,13 +66,6 @@ def _model_rules(config: Config) -> Iterator[ConfigError]:
             model.num_kv_heads,
             f"must divide model.num_heads ({model.num_heads})",
             f"model.num_kv_heads={nearest}",
-        )
-    if model.head_width % 2:
-        yield ConfigError(
-            "model.head_width",
-            model.head_width,
-            "must be even: the rotary embedding turns pairs of channels",
-            f"model.head_width={model.head_width + 1}",
         )
     if model.num_dense_layers > model.num_layers:
         yield ConfigError(
@@ -369,29 +363,6 @@ def _precision_rules(config: Config) -> Iterator[ConfigError]:
                 f"torch.nn.functional.grouped_mm takes rows of whole 16 bytes: multiples of {whole} channels",
                 f"{name}={-(-width // whole) * whole}, or model.moe.backend=auto",
             )
-
-
-def _ledger_rules(config: Config) -> Iterator[ConfigError]:
-    for key, wanted in (
-        ("routing_ledger", config.train.routing_ledger == "record"),
-        ("routing_replay", config.train.routing_replay),
-    ):
-        if wanted and config.parallel.tensor > 1:
-            yield ConfigError(
-                "parallel.tensor",
-                config.parallel.tensor,
-                f"train.{key}: a ledger has whole rows of a rank, which the ranks of a tensor group share",
-                "parallel.tensor=1",
-            )
-    train, own = config.train, os.path.abspath(config.run.dir)
-    replay = None if train.routing_replay is None else os.path.abspath(train.routing_replay)
-    if train.routing_ledger == "record" and replay in (own, os.path.join(own, "routing")):
-        yield ConfigError(
-            "train.routing_ledger",
-            "record",
-            f"a run cannot overwrite the ledger that it follows (train.routing_replay={train.routing_replay})",
-            "train.routing_ledger=none, or another run.dir",
-        )
 
 
 def _nearest_divisor(whole: int, near: int) -> int:

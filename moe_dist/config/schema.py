@@ -109,6 +109,9 @@ class TrainConfig(Section):
         "and then that copies of a tensor are identical and experts are not; or the latter also at both ends of a run.",
     )
     checks_every_steps: int = key(100, "Copies of weights are compared every so many steps.", "steps", ge=1)
+    equal_experts_at_start: bool = key(
+        False, "Experts may be equal before the first update, as `moe-dist upcycle` makes them; checks allow it there."
+    )
     threads_per_rank: int | None = key(
         None, "CPU threads of a rank; null shares the machine's cores evenly.", "threads", ge=1
     )
@@ -160,8 +163,19 @@ class CheckpointConfig(Section):
     )
 
 
+class WorkersConfig(Section):
+    """How many ranks a Ray run has; a whole number in place of this section is both."""
+
+    min: int = key(2, "Fewest ranks that a run goes on with when nodes are lost.", "ranks", ge=1)
+    max: int = key(2, "Ranks that a run has where the cluster can hold them.", "ranks", ge=1)
+
+
 class LaunchConfig(Section):
-    workers: int = key(2, "Ranks of a Ray run.", "ranks", ge=1)
+    workers: WorkersConfig = section(
+        WorkersConfig,
+        "Ranks of a Ray run: a whole number, or {min, max} for as many as there is room for; when nodes go or come, "
+        "the run goes on in the best layout of what is there.",
+    )
     cpus_per_worker: float = key(1.0, "CPUs that Ray reserves for a rank.", "CPUs", gt=0)
     gpus_per_worker: float | None = key(
         None, "GPUs that Ray reserves for a rank; null takes one each where the cluster has enough.", "GPUs", ge=0
@@ -170,7 +184,23 @@ class LaunchConfig(Section):
         "pack", "Ranks on few nodes, on many, or each on its own."
     )
     max_failures: int = key(3, "Times that a failed group of workers is started again.", ge=0)
+    preemption_poll_seconds: float = key(
+        2.0, "How often Ray is asked for nodes that are to go away or have come.", "seconds", gt=0
+    )
     timeout_seconds: float = key(300.0, "A collective that takes longer fails the rank.", "seconds", gt=0)
+    hang_timeout_seconds: float | None = key(
+        240.0,
+        "A rank that stands still for so long, or gives no sign of life, is named, the stacks of all ranks are saved, "
+        "and the group is started again; null watches for none.",
+        "seconds",
+        gt=0,
+    )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_is_both(cls, value: Any) -> Any:
+        """`launch.workers=4` is {min: 4, max: 4}."""
+        return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class Config(Section):

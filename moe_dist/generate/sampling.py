@@ -1,6 +1,6 @@
 """Sampling continuations of a batch of prompts with a plain model.
 
-Shape letters: B prompts, S tokens so far, V vocabulary.
+Shape letters: V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.model.places import document_positions
+from moe_dist.generate.scores import NextScores
 from moe_dist.model.transformer import Transformer
+
+_TEXTS_AT_ONCE = 16  # what their caches take is bounded
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Sampling:
 def continue_prompts(
     model: Transformer, prompts: list[list[int]], sampling: Sampling, window: int, end_token: int
 ) -> list[list[int]]:
-    """Continues every prompt by itself, one token at a time.
+    """Continues prompts, several at once and one token at a time; each as if it were alone.
 
     Args:
         model: A plain model in evaluation mode.
@@ -57,22 +59,25 @@ def continue_prompts(
     if prompts and model.config.moe.router == "expert_choice":
         rule = "its experts compare all tokens of a sequence, later ones too, so no text can be made token by token"
         raise ConfigError("model.moe.router", "expert_choice", rule, "train with model.moe.router=softmax_topk")
-    device = model.embedding.weight.device
-    continuations = []
-    for number, prompt in enumerate(prompts):
-        digest = hashlib.blake2b(f"{sampling.seed}|sample|{number}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        tokens = list(prompt)
-        while len(tokens) - len(prompt) < sampling.max_new_tokens:
-            recent_BS = torch.tensor([tokens[-window:]], device=device)
-            position_BS = document_positions(recent_BS, end_token) if sampling.separate else None
-            hidden_BSD, _ = model(recent_BS, position_BS=position_BS)
-            token = _choose(model.logits(hidden_BSD[0, -1]).float().cpu(), sampling, generator)
-            if token == end_token:
-                break
-            tokens.append(token)
-        continuations.append(tokens[len(prompt) :])
-    return continuations
+    tokens = [list(prompt) for prompt in prompts]
+    for first in range(0, len(prompts), _TEXTS_AT_ONCE):
+        growing = {number: tokens[number] for number in range(first, min(first + _TEXTS_AT_ONCE, len(prompts)))}
+        scores = NextScores(model, window, end_token if sampling.separate else None)
+        generators = {number: _generator(sampling.seed, number) for number in growing}
+        for _ in range(sampling.max_new_tokens):
+            for number, logits_V in scores.of(growing).items() if growing else ():
+                token = _choose(logits_V.float().cpu(), sampling, generators[number])
+                if token == end_token:
+                    del growing[number]
+                else:
+                    growing[number].append(token)
+    return [text[len(prompt) :] for text, prompt in zip(tokens, prompts, strict=True)]
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """The random numbers of one prompt, whatever is continued beside it."""
+    digest = hashlib.blake2b(f"{seed}|sample|{number}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from moe_dist.config import ModelConfig
 from moe_dist.model.attention import Attention
 from moe_dist.model.feed_forward import FeedForward
-from moe_dist.model.norm import RMSNorm
+from moe_dist.model.latent_attention import LatentAttention
+from moe_dist.model.norm import norm_of
 from moe_dist.model.places import Places
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import MoELayer, MoERecord
@@ -18,11 +19,11 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
-        dense = number < config.num_dense_layers
-        self.feed_forward = FeedForward(config.width, config.ffn_width) if dense else _moe_layer(config, number)
+        self.attention_norm = norm_of(config)
+        self.attention = (LatentAttention if config.attention.kind == "latent" else Attention)(config, number)
+        self.feed_forward_norm = norm_of(config)
+        sparse = config.has_experts(number)
+        self.feed_forward = _moe_layer(config, number) if sparse else FeedForward(config, config.ffn_width)
 
     def forward(
         self,
@@ -45,5 +46,5 @@ class Block(nn.Module):
 
 def _moe_layer(config: ModelConfig, number: int) -> MoELayer:
     moe = config.moe
-    shared = FeedForward(config.width, moe.shared_expert_width) if moe.shared_expert_width else None
+    shared = FeedForward(config, moe.shared_expert_width) if moe.shared_expert_width else None
     return MoELayer(config.width, moe, shared, number)

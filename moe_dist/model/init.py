@@ -3,8 +3,9 @@
 | parameter | initial value |
 |---|---|
 | norms | 1 |
+| biases of norms, attention, feed-forwards and experts; sinks | 0 |
 | router's selection bias | 0 |
-| embedding, router (its bias and noise too), query, key, value, gate_up, untied output | normal, `init_std` |
+| embedding, positions, router (its bias and noise too), query, key, value, gate_up, up, output | normal, `init_std` |
 | attention output, down projections (they write into the residual stream) | normal, `init_std / sqrt(2 * layers)` |
 
 Source: GPT-2 (Radford et al. 2019), section 2.3, for the scaling of residual outputs.
@@ -62,7 +63,9 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     path = name.partition("#")[0]
     if path.endswith("norm.weight"):
         return torch.ones(shape)
-    writes_residual = path.endswith(("attention.output.weight", "down.weight", "experts.down", "latent_out.weight"))
+    if path.endswith((".bias", "_bias", ".sinks")) and ".router." not in path:
+        return torch.zeros(shape)
+    writes_residual = path.endswith(("attention.output.weight", ".down.weight", "experts.down", "latent_out.weight"))
     std = config.init_std / math.sqrt(2 * config.num_layers) if writes_residual else config.init_std
     digest = hashlib.blake2b(f"{seed}|init|{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -37,8 +37,10 @@ class Experts(nn.Module):
     Attributes:
         expert_ids: Global ids of the experts held here, in order.
         gate_up: [L, 2F, D] for `swiglu`; the first F rows are the gate, the others the up projection. Else None.
-        up: [L, F, D] for `gelu` and `relu`. Else None.
+        up: [L, F, D] where the activation is not gated. Else None.
         down: [L, F, D].
+        gate_up_bias: [L, 2F], of the first product, with `expert_bias`; `up_bias` [L, F] likewise. Else None.
+        down_bias: [L, D]. Else None.
     """
 
     def __init__(self, width: int, config: MoEConfig, expert_ids: range | None = None) -> None:
@@ -51,6 +53,10 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(held, 2 * inner, width)) if gated else None
         self.up = None if gated else nn.Parameter(torch.empty(held, inner, width))
         self.down = nn.Parameter(torch.empty(held, inner, width))
+        biased = config.expert_bias
+        self.gate_up_bias = nn.Parameter(torch.empty(held, 2 * inner)) if biased and gated else None
+        self.up_bias = nn.Parameter(torch.empty(held, inner)) if biased and not gated else None
+        self.down_bias = nn.Parameter(torch.empty(held, width)) if biased else None
 
     @property
     def first(self) -> Tensor:
@@ -62,7 +68,17 @@ class Experts(nn.Module):
     @property
     def backend(self) -> str:
         """The back end that multiplies these weights where they are."""
-        return choose_backend(self.config.backend, self.first, self.down)
+        return self._choose(self.first, self.down)
+
+    def _choose(self, first: Tensor, down: Tensor) -> str:
+        chosen = choose_backend(self.config.backend, first, down)
+        # The backward that the loop has written out knows no biases.
+        return "reference" if chosen == "loop" and self.config.expert_bias else chosen
+
+    def biases(self, kind: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Those of both products, [L, H] and [L, D]; None where there are none."""
+        first = self.up_bias if self.gate_up_bias is None else self.gate_up_bias
+        return None if first is None or self.down_bias is None else (first.to(kind), self.down_bias.to(kind))
 
     def forward(self, rows_RD: Tensor, counts_L: list[int]) -> Tensor:
         """Applies expert l to its `counts_L[l]` rows; the rows are sorted by expert. Returns [R, D]."""
@@ -72,13 +88,15 @@ class Experts(nn.Module):
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.down.dtype
         rows_RD, first, down = (t.to(narrow) for t in (rows_RD, self.first, self.down))
         with torch.autocast(kind, enabled=False):
-            backend = choose_backend(self.config.backend, first, down)
+            backend = self._choose(first, down)
             if backend == "loop":
                 return loop_rows(rows_RD, first, down, self._job(counts_L))
             if rows_RD.shape[0] == 0:
                 # No row reaches a kernel, yet every rank's weights get a (zero) gradient.
-                return rows_RD + 0 * (first.sum() + down.sum())
-            return self._by_autograd(rows_RD, (first, down), _product(backend, counts_L, rows_RD.device))
+                unused = first.sum() + down.sum() + sum(bias.sum() for bias in self.biases(narrow) or ())
+                return rows_RD + 0 * unused
+            product = _product(backend, counts_L, rows_RD.device)
+            return self._by_autograd(rows_RD, (first, down), self._with_biases(product, counts_L, narrow))
 
     def takes_tokens(self, x_TD: Tensor) -> bool:
         """Whether `of_tokens` may be used: the loop back end, in one type of at least fp32."""
@@ -93,18 +111,33 @@ class Experts(nn.Module):
     def _job(self, counts_L: list[int], plan: RoutingPlan | None = None) -> Job:
         return Job(counts_L, self.activation, self.config.recompute_experts, plan)
 
-    def _by_autograd(self, rows_RD: Tensor, weights: tuple[Tensor, Tensor], product: Multiply) -> Tensor:
+    def _with_biases(self, product: Multiply, counts_L: list[int], kind: torch.dtype) -> tuple[Multiply, Multiply]:
+        """Both products, each with its bias."""
+        biases = self.biases(kind)
+        if biases is None:
+            return product, product
+        count_L = torch.tensor(counts_L, device=biases[0].device)
+
+        def with_bias(bias_LH: Tensor) -> Multiply:
+            return lambda rows, weight: product(rows, weight) + bias_LH.repeat_interleave(count_L, dim=0)
+
+        return with_bias(biases[0]), with_bias(biases[1])
+
+    def _by_autograd(
+        self, rows_RD: Tensor, weights: tuple[Tensor, Tensor], products: tuple[Multiply, Multiply]
+    ) -> Tensor:
         first, down = weights[0].transpose(1, 2), weights[1]
+        into, out_of = products
 
         def second(hidden_RH: Tensor) -> Tensor:
-            return product(self.activation.forward(*hidden_RH.chunk(self.activation.parts, dim=-1))[0], down)
+            return out_of(self.activation.forward(*hidden_RH.chunk(self.activation.parts, dim=-1))[0], down)
 
         match self.config.recompute_experts:
             case "nothing":
-                return _contiguous(second(product(rows_RD, first)))
+                return _contiguous(second(into(rows_RD, first)))
             case "activation":
-                return _contiguous(_again(second, product(rows_RD, first)))
-        return _contiguous(_again(lambda rows: second(product(rows, first)), rows_RD))
+                return _contiguous(_again(second, into(rows_RD, first)))
+        return _contiguous(_again(lambda rows: second(into(rows, first)), rows_RD))
 
 
 def choose_backend(asked: str, first: Tensor, down: Tensor) -> str:

@@ -27,7 +27,8 @@ def moe_reference(
 
     Args:
         weights: `router` [E, D], `gate_up` [E, 2F, D] (or `up` [E, F, D]), `down` [E, F, D]; where there are any also
-            `router_bias` [E], `noise` [E, D], `selection_bias` [E], `latent_in` [Z, D] and `latent_out` [D, Z].
+            `router_bias` [E], `noise` [E, D], `selection_bias` [E], `latent_in` [Z, D], `latent_out` [D, Z], and
+            `gate_up_bias` [E, 2F] or `up_bias` [E, F], with `down_bias` [E, D].
         x_BSD: Input.
         counted_BS: False for padding.
         config: The layer's configuration.
@@ -114,13 +115,29 @@ def _token_output(
 
 
 def _expert(weights: dict[str, Tensor], x_D: Tensor, e: int, config: MoEConfig) -> Tensor:
-    if config.activation == "swiglu":
-        gate_F, up_F = (weights["gate_up"][e] @ x_D).chunk(2)
-        return (gate_F / (1 + torch.exp(-gate_F)) * up_F) @ weights["down"][e]
-    up_F = weights["up"][e] @ x_D
-    if config.activation == "relu":
-        return torch.where(up_F > 0, up_F, 0) @ weights["down"][e]
-    return (up_F * 0.5 * (1 + torch.erf(up_F / math.sqrt(2)))) @ weights["down"][e]
+    name = "gate_up" if "gate_up" in weights else "up"
+    first_H = weights[name][e] @ x_D
+    if config.expert_bias:
+        first_H = first_H + weights[f"{name}_bias"][e]
+    out_D = _activated(first_H, config.activation) @ weights["down"][e]
+    return out_D + weights["down_bias"][e] if config.expert_bias else out_D
+
+
+def _activated(first_H: Tensor, activation: str) -> Tensor:
+    """[F], from the first product."""
+    if activation == "relu":
+        return torch.where(first_H > 0, first_H, 0)
+    if activation == "squared_relu":
+        return torch.where(first_H > 0, first_H**2, 0)
+    if activation == "gelu":
+        return first_H * 0.5 * (1 + torch.erf(first_H / math.sqrt(2)))
+    gate_F, up_F = first_H.chunk(2)
+    if activation == "swiglu":
+        return gate_F / (1 + torch.exp(-gate_F)) * up_F
+    if activation == "geglu":
+        return gate_F * 0.5 * (1 + torch.erf(gate_F / math.sqrt(2))) * up_F
+    gate_F, up_F = gate_F.clamp(max=7.0), up_F.clamp(-7.0, 7.0)
+    return gate_F / (1 + torch.exp(-1.702 * gate_F)) * (up_F + 1)
 
 
 def _balance(

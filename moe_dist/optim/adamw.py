@@ -11,10 +11,10 @@ from moe_dist.config.schema import OptimizerConfig
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW; norms (vectors) and the embedding are not decayed. Source: Loshchilov and Hutter 2019."""
+    """Fused AdamW; norms, biases and embeddings are not decayed. Source: Loshchilov and Hutter 2019."""
     groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        spared = parameter.ndim < 2 or name.startswith("embedding.")
+        spared = parameter.ndim < 2 or name.startswith(("embedding.", "positions.")) or name.endswith("_bias")
         # One fused operation cannot mix parameters that are shared out over different ranks.
         groups.setdefault((spared, getattr(parameter, "device_mesh", None)), []).append(parameter)
     decayed_first = sorted(groups.items(), key=lambda group: group[0][0])

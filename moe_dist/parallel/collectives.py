@@ -140,6 +140,22 @@ def sum_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     return value
 
 
+def summed(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over a group, of which every rank makes another part of the loss: its gradient is summed as well."""
+    return _Sum.apply(value, group)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return sum_ranks(value.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return sum_ranks(grads[0].clone(), ctx.group), None
+
+
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """A small plain value of every rank of the group, in order of rank, on every rank."""
     values: list[Any] = [None] * dist.get_world_size(group)

@@ -14,6 +14,7 @@ import torch
 
 from moe_dist.model.attention import Attention
 from moe_dist.model.feed_forward import FeedForward
+from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.norm import RMSNorm
 from moe_dist.model.transformer import Transformer
 
@@ -21,6 +22,6 @@ from moe_dist.model.transformer import Transformer
 def compile_blocks(model: Transformer) -> None:
     """Compiles the dense parts of every block, beneath the hooks that exchange tokens around them."""
     for module in model.blocks.modules():
-        if isinstance(module, Attention | FeedForward | RMSNorm):
+        if isinstance(module, Attention | LatentAttention | FeedForward | RMSNorm):
             # This one module's forward: its parameters keep their names, and hooks run outside.
             setattr(module, "forward", torch.compile(module.forward))  # noqa: B010 - a method is replaced

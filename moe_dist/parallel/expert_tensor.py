@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from moe_dist.config import MoEConfig
 from moe_dist.model.naming import Cut
@@ -31,7 +32,21 @@ class CutExperts(Experts):
         self.group = mesh.expert_tensor
         place = mesh.layout.expert_tensor_place(mesh.rank)
         first = "up" if self.gate_up is None else "gate_up"
-        self.cuts = {first: Cut(0, parts, place, self.activation.parts), "down": Cut(0, parts, place)}
+        in_sections = Cut(0, parts, place, self.activation.parts)
+        self.cuts = {first: in_sections, f"{first}_bias": in_sections}
+        self.cuts |= dict.fromkeys(("down", "down_bias"), Cut(0, parts, place))
+        self.place = place
+        if self.down_bias is not None:  # cut by what it is added to: each rank adds its part, and the sum has all
+            self.down_bias = nn.Parameter(torch.empty(len(self.expert_ids), self.down.shape[2] // parts))
+
+    def biases(self, kind: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """As of whole experts; of the last bias only what this rank adds."""
+        found = super().biases(kind)
+        if found is None:
+            return None
+        here = found[1].shape[1]
+        behind = self.down.shape[2] - (self.place + 1) * here
+        return found[0], F.pad(found[1], (self.place * here, behind))
 
     def takes_tokens(self, x_TD: Tensor) -> bool:
         """Never: rows of other ranks come in between."""

@@ -221,6 +221,9 @@ def _problems(config: Config, ranks: int, degrees: _Degrees, node: int | None) -
     if config.model.moe.expert_width % cut:
         yield "expert_tensor", f"must divide model.moe.expert_width ({config.model.moe.expert_width})"
     moe, experts = config.model.moe, config.model.moe.num_experts
+    inside = moe.latent_width or config.model.width
+    if moe.expert_bias and inside % cut:
+        yield "expert_tensor", f"must divide the width of an expert's bias ({inside})"
     if tensor > 1 and moe.router == "expert_choice":
         yield "tensor", "must be 1 for model.moe.router=expert_choice: experts choose among all tokens of a micro-batch"
     if tensor > 1 and moe.pad_to_capacity:
@@ -243,7 +246,7 @@ def _cut_by_tensor(config: Config) -> dict[str, int]:
     model = config.model
     sizes = {"model.num_kv_heads": model.num_kv_heads, "model.vocab_size": model.vocab_size}
     sizes["data.sequence_length_tokens"] = config.data.sequence_length_tokens
-    return sizes | ({"model.ffn_width": model.ffn_width} if model.num_dense_layers else {})
+    return sizes | ({"model.ffn_width": model.ffn_width} if len(model.moe_blocks) < model.num_layers else {})
 
 
 def _nearest(config: Config, ranks: int, asked: _Degrees, most: int = 3) -> str:

@@ -14,8 +14,8 @@ divided. Source: Korthikanti et al. 2022 (sequence parallelism), here over the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from moe_dist.model.attention import Attention
 from moe_dist.model.block import Block
 from moe_dist.model.feed_forward import FeedForward
+from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.naming import Cut, GlobalTensor
+from moe_dist.model.norm import RMSNorm
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
-from moe_dist.parallel.collectives import arrived_rows, start_rows
+from moe_dist.parallel.collectives import arrived_rows, start_rows, summed
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.waits import waiting
 
@@ -69,17 +71,17 @@ def cut_tensors(model: Transformer, mesh: Mesh) -> None:
             model.output = _cut_linear(model.output, Cut(0, parts, place))
         for block in model.blocks:
             assert isinstance(block, Block), "a decoder is made of blocks"
-            for name in ("query", "key", "value"):
-                setattr(block.attention, name, _cut_linear(getattr(block.attention, name), Cut(0, parts, place)))
-            block.attention.output = _cut_linear(block.attention.output, Cut(1, parts, place))
+            _cut_heads(block.attention, Cut(0, parts, place), group)
             _exchange_around(block.attention, group)
             if isinstance(block.feed_forward, MoELayer):
                 block.feed_forward.tokens = SharedTokens(group)
                 continue
             dense = block.feed_forward
-            dense.gate_up = _cut_linear(dense.gate_up, Cut(0, parts, place, sections=2))
+            name, first = dense.first
+            setattr(dense, name, _cut_linear(first, Cut(0, parts, place, dense.activation.parts)))
             dense.down = _cut_linear(dense.down, Cut(1, parts, place))
             _exchange_around(dense, group)
+    model.tokens = SharedTokens(group)
     model.vocabulary = SharedVocabulary(group, place * (model.config.vocab_size // parts))
 
 
@@ -142,18 +144,59 @@ def sum_and_scatter(y_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return arrived_rows(start_rows(y_TD, each, each, group)).unflatten(0, (ranks, -1)).sum(0)
 
 
+class PartialLinear(nn.Linear):
+    """The input channels here of a linear map: partial sums, to which no rank adds the bias, see `_exchange_around`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class CutRMSNorm(nn.Module):
+    """The channels here of an RMSNorm over all of them; the sum of squares is that of all ranks."""
+
+    def __init__(self, whole: RMSNorm, cut: Cut, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.eps, self.width, self.group, self.cuts = whole.eps, len(whole.weight), group, {"weight": cut}
+        self.weight = nn.Parameter(torch.empty(self.width // cut.parts))
+
+    @torch.compiler.disable(recursive=True)  # no compiled part holds a collective
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = summed(exact.square().sum(-1, keepdim=True), self.group) / self.width
+        return (exact * torch.rsqrt(mean + self.eps) * self.weight.to(exact.dtype)).to(x.dtype)
+
+
+def _cut_heads(attention: Attention | LatentAttention, cut: Cut, group: dist.ProcessGroup) -> None:
+    """Leaves attention its part of the heads.
+
+    What heads share stays whole, and every rank makes it of all tokens: norms of a head, and the way down to latents.
+    A rank has the part of its gradient that comes through its heads, so that it too is summed over all ranks.
+    """
+    for name, linear in list(attention.named_children()):
+        if name in ("query", "key", "value", "query_up", "kv_up"):
+            setattr(attention, name, _cut_linear(cast(nn.Linear, linear), cut))
+    attention.output = _cut_linear(attention.output, replace(cut, dim=1))
+    if isinstance(attention, Attention) and attention.qk_norm == "whole":
+        for name in ("query_norm", "key_norm"):
+            setattr(attention, name, CutRMSNorm(getattr(attention, name), cut, group))
+    if attention.sinks is not None:
+        attention.sinks = nn.Parameter(torch.empty(len(attention.sinks) // cut.parts))
+        attention.cuts = {"sinks": cut}  # type: ignore[assignment]
+
+
 def _cut_linear(whole: nn.Linear, cut: Cut) -> nn.Linear:
-    """A linear map without bias, of whose weight [out, in] this is a cut."""
-    rows, columns = whole.weight.shape
-    size = [rows, columns]
+    """A linear map of whose weight [out, in] this is a cut, and of whose bias where outputs are cut."""
+    size = list(whole.weight.shape)
     size[cut.dim] //= cut.parts
-    held = nn.Linear(size[1], size[0], bias=False)
-    held.cuts = {"weight": cut}  # type: ignore[assignment]
+    kind = PartialLinear if cut.dim else nn.Linear
+    held = kind(size[1], size[0], bias=whole.bias is not None)
+    held.cuts = {"weight": cut} if cut.dim else {"weight": cut, "bias": cut}  # type: ignore[assignment]
     return held
 
 
-def _exchange_around(module: Attention | FeedForward, group: dist.ProcessGroup) -> None:
+def _exchange_around(module: Attention | LatentAttention | FeedForward, group: dist.ProcessGroup) -> None:
     """Lets a module see all tokens and gives on the sums of those here."""
+    last = module.down if isinstance(module, FeedForward) else module.output
 
     def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         x_TD = gather_tokens(given[0].flatten(0, 1), group)
@@ -163,7 +206,9 @@ def _exchange_around(module: Attention | FeedForward, group: dist.ProcessGroup) 
         return x_TD.view(-1, length, x_TD.shape[1]), *given[1:]
 
     def after(_: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
-        return sum_and_scatter(out.reshape(-1, out.shape[-1]), group)[None]
+        here_1tD = sum_and_scatter(out.reshape(-1, out.shape[-1]), group)[None]
+        bias_D = last.bias  # once for each token: that of a partial sum would be added on every rank
+        return here_1tD if bias_D is None else here_1tD + bias_D.to(here_1tD.dtype)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)

@@ -25,6 +25,7 @@ class Place:
         local_rank: Place among the ranks of this node.
         local_world_size: Ranks on this node.
         node: Name of the node, for the record.
+        generation: Which start of the run's ranks this is; 0 where nobody counts.
     """
 
     rank: int
@@ -32,9 +33,10 @@ class Place:
     local_rank: int
     local_world_size: int
     node: str
+    generation: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Process(Place):
     """A rank that has joined its group; `device` is where its tensors live."""
 

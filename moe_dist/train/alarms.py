@@ -130,7 +130,7 @@ class Alarms:
         watch, model = config.watch, config.model
         self.spike = LossSpike(watch.spike_window_steps, watch.spike_deviations)
         window = 0 if model.moe.router == "hash" else watch.load_window_steps  # nothing can move a hash
-        layers = range(model.num_dense_layers, model.num_layers)
+        layers = model.moe_blocks
         self.load = ExpertLoad(window, model.moe.top_k, layers)
         self.straggler = Straggler(watch.straggler_ratio)
 

@@ -48,7 +48,8 @@ class Trainer:
         self.trainee, self.batches, self.held_out, self.recorder = trainee, batches, held_out, recorder
         self.config = trainee.config
         self.root = Path(self.config.run.dir) / "checkpoints"
-        self.saver = Saver(self.root, trainee.mesh, self.config.checkpoint, self.config.launch.timeout_seconds)
+        waits = self.config.launch.timeout_seconds
+        self.saver = Saver(self.root, trainee.mesh, self.config.checkpoint, waits, recorder.fence)
         self.step = 0
         self.skipped = SkippedSteps(trainee)
         self.alarms = Alarms(self.config)
@@ -77,6 +78,8 @@ class Trainer:
         # Parsed, so that a key which is newer than the checkpoint has its default there.
         before, now = parse_config(manifest.config).model_dump(mode="json"), self.config.model_dump(mode="json")
         _check_same_model(path, before["model"], now["model"])
+        if not manifest.step and not manifest.data:  # weights from elsewhere: no batch was read before them
+            return
         old, new = ({"documents": tree["data"].get("documents", "joined")} for tree in (before, now))
         _check_same_model(path, old, new, "data")
         self.batches.load_state_dict(manifest.data)

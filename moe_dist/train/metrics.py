@@ -10,6 +10,7 @@ step before it. Only rank 0 records. Shape letters: layers of experts, E experts
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -26,7 +27,9 @@ import pyarrow.parquet as pq
 from torch.utils.tensorboard import SummaryWriter
 
 from moe_dist.checkpoint.store import sync_folder
+from moe_dist.errors import TrainingFault
 from moe_dist.moe.balance import max_violation
+from moe_dist.runtime.generation import Fence
 from moe_dist.train import PROGRESS_FILE
 from moe_dist.train.step import StepFigures
 
@@ -65,6 +68,7 @@ class Recorder:
         writes: Whether this rank writes.
         flops_per_token: Model FLOPs of a trained token.
         peak_flops: Measured matrix-product rate of all ranks together, in operations a second.
+        fence: Refuses what a process of an older generation would write.
 
     Attributes:
         rows: The figures of every step so far, without the loads of the experts.
@@ -73,8 +77,11 @@ class Recorder:
         workers: Where each rank runs.
     """
 
-    def __init__(self, run_dir: Path, writes: bool, flops_per_token: float, peak_flops: float) -> None:
+    def __init__(
+        self, run_dir: Path, writes: bool, flops_per_token: float, peak_flops: float, fence: Fence | None = None
+    ) -> None:
         self.run_dir = run_dir
+        self.fence = fence or Fence()
         self.writes = writes
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.rows: list[dict[str, Any]] = []
@@ -100,6 +107,7 @@ class Recorder:
     def event(self, kind: str, /, **fields: Any) -> None:
         """Appends one line to the progress file."""
         if self.writes:
+            self.fence.check()
             append_event(self.run_dir, kind, **fields)
 
     def message(self, text: str) -> None:
@@ -135,6 +143,7 @@ class Recorder:
 
     def flush(self) -> None:
         """Writes the rows since the last flush as one Parquet part, durably."""
+        self.fence.check()
         if self._unwritten:
             _write_part(self.run_dir / "metrics", self._unwritten)
             self._unwritten = []
@@ -142,8 +151,9 @@ class Recorder:
             self._board.flush()
 
     def close(self) -> None:
-        """Writes what is left."""
-        self.flush()
+        """Writes what is left, if it is still wanted."""
+        with contextlib.suppress(TrainingFault):
+            self.flush()
         if self._board is not None:
             self._board.close()
 

@@ -185,7 +185,7 @@ def _places(config: Config, ranks: int) -> Iterator[tuple[Layout, str]]:
 
 
 def _capacities(config: Config) -> list[str]:
-    return list(CAPACITIES) if config.model.num_dense_layers < config.model.num_layers else [AS_CONFIGURED]
+    return list(CAPACITIES) if config.model.moe_blocks else [AS_CONFIGURED]
 
 
 def _scopes(config: Config) -> list[str]:

@@ -17,9 +17,11 @@ _SIZES = {
     "head_width": 8,
     "ffn_width": 16,
 }
+_LATENT_SIZES = {"query_rank": 8, "kv_rank": 8, "rope_width": 4, "value_width": 4}
 _EXPERT_SIZES = ("expert_width", "shared_expert_width", "latent_width")
 _MOST_EXPERT_WIDTH = 8
 _LENGTH_TOKENS, _ROWS = 12, 8
+_MOST_WINDOW_TOKENS = 4  # less than a row
 
 
 def shrunk(config: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
@@ -36,8 +38,16 @@ def shrunk(config: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
     for name, most in _SIZES.items():
         model[name] = min(model[name], most)
     model["num_heads"] = model["num_kv_heads"] * (2 if per_key_head else 1)
-    layers, all_dense = model["num_layers"], dense >= config.model.num_layers
+    asked = model["attention"]
+    asked["window_tokens"] = asked["window_tokens"] and min(asked["window_tokens"], _MOST_WINDOW_TOKENS)
+    for name, most in _LATENT_SIZES.items():
+        asked["latent"][name] = asked["latent"][name] and min(asked["latent"][name], most)
+    asked["full_every_layers"] = min(asked["full_every_layers"], model["num_layers"])
+    layers, all_dense = model["num_layers"], not config.model.moe_blocks
     model["num_dense_layers"] = layers if all_dense else min(dense, layers - 1)
+    if not all_dense:
+        model["moe_every_layers"] = min(model["moe_every_layers"], layers - model["num_dense_layers"])
+    model["max_positions_tokens"] = min(model["max_positions_tokens"], _LENGTH_TOKENS)
     model["init_std"] = max(model["init_std"], 0.3)
     for name in _EXPERT_SIZES:
         moe[name] = moe[name] and min(moe[name], _MOST_EXPERT_WIDTH)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config import MoEConfig
+from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.model.feed_forward import FeedForward
 from moe_dist.moe.layer import MoELayer
 
@@ -53,7 +53,7 @@ class Implementation:
 
 def dense(shape: Shape) -> nn.Module:
     """SwiGLU as wide as the experts of one token together."""
-    return FeedForward(shape.width, shape.top_k * shape.expert_width)
+    return FeedForward(ModelConfig(width=shape.width), shape.top_k * shape.expert_width)
 
 
 def ours(shape: Shape) -> nn.Module:
@@ -146,7 +146,11 @@ class FairscaleLayer(nn.Module):
         from fairscale.nn.moe import MOELayer, Top2Gate
 
         self.experts = shape.experts
-        experts = nn.ModuleList(FeedForward(shape.width, shape.expert_width) for _ in range(shape.experts))
+
+        def dense_of(inner: int) -> FeedForward:
+            return FeedForward(ModelConfig(width=shape.width), inner)
+
+        experts = nn.ModuleList(dense_of(shape.expert_width) for _ in range(shape.experts))
         self.layer = MOELayer(Top2Gate(shape.width, shape.experts), experts)
 
     def forward(self, x_BTD: Tensor) -> Tensor:

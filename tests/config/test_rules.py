@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config import Config, cleaning_rules, parse_config, rules
+from moe_dist.config import Config, attention_rules, cleaning_rules, parse_config, rules, run_rules
 from moe_dist.config.load import read_tree, write_yaml
 from moe_dist.config.rules import broken_rules, check_rules
 from moe_dist.errors import ConfigError
@@ -27,6 +27,10 @@ def hashed(**changed: object) -> dict:
 
 # The broken keys, then what the error must say: key, value, a part of the rule, and the whole fix.
 BROKEN = [
+    (
+        {"launch": {"workers": {"min": 3, "max": 2}}},
+        ("launch.workers.min", 3, "must not exceed launch.workers.max (2)", "launch.workers.min=2"),
+    ),
     (
         {"data": {"tokenizer": {"kind": "gpt2"}}},
         ("data.tokenizer.kind", "gpt2", "a tokenizer is trained", "data.tokenizer.kind=auto, or name a path"),
@@ -114,6 +118,62 @@ BROKEN = [
     (
         {"model": {"head_width": 63}},
         ("model.head_width", 63, "must be even", "model.head_width=64"),
+    ),
+    (
+        {"model": {"attention": {"full_every_layers": 2}}},
+        (
+            "model.attention.full_every_layers",
+            2,
+            "none has one",
+            "model.attention.full_every_layers=0, or model.attention.window_tokens=128",
+        ),
+    ),
+    (
+        {"model": {"attention": {"full_every_layers": 1, "window_tokens": 4}}},
+        (
+            "model.attention.full_every_layers",
+            1,
+            "no block has the window",
+            "model.attention.full_every_layers=2, or model.attention.window_tokens=null",
+        ),
+    ),
+    (
+        {"model": {"num_heads": 4, "num_kv_heads": 2, "attention": {"kind": "latent"}}},
+        ("model.num_kv_heads", 2, "for each of model.num_heads (4)", "model.num_kv_heads=4"),
+    ),
+    (
+        {"model": {"num_kv_heads": 4, "attention": {"kind": "latent", "qk_norm": "head"}}},
+        ("model.attention.qk_norm", "head", "norms what", "model.attention.qk_norm=none"),
+    ),
+    (
+        {"model": {"num_kv_heads": 4, "attention": {"kind": "latent", "qkv_bias": True}}},
+        ("model.attention.qkv_bias", True, "have no bias", "model.attention.qkv_bias=false"),
+    ),
+    (
+        {"model": {"rope_scaling": {"kind": "ntk", "mscale": 1.0}}},
+        ("model.rope_scaling.mscale", 1.0, "is not read with", "model.rope_scaling.mscale=null"),
+    ),
+    (
+        {"model": {"head_width": 2, "rope_scaling": {"kind": "ntk", "factor": 2.0}}},
+        ("model.rope_scaling.kind", "ntk", "a head turns 2 channels", "model.rope_scaling.kind=linear"),
+    ),
+    (
+        {"model": {"rope_scaling": {"kind": "yarn", "beta_slow": 40.0}}},
+        ("model.rope_scaling.beta_slow", 40.0, "must be less", "model.rope_scaling.beta_slow=16.0"),
+    ),
+    (
+        {"model": {"rope_scaling": {"kind": "yarn", "mscale": 1.0}}},
+        ("model.rope_scaling.mscale", 1.0, "latent attention only", "model.rope_scaling.mscale=null"),
+    ),
+    (
+        {
+            "model": {
+                "num_kv_heads": 4,
+                "attention": {"kind": "latent"},
+                "rope_scaling": {"kind": "yarn", "mscale_all_dim": 0.7},
+            }
+        },
+        ("model.rope_scaling.mscale", None, "both or none", "model.rope_scaling.mscale=0.7"),
     ),
     (
         {"model": {"num_layers": 2, "num_dense_layers": 3}},
@@ -299,7 +359,7 @@ def test_rule_broken_its_own_fix_passes(tree: dict, expected: tuple, tmp_path: P
 
 
 def test_rules_every_one_is_broken_here() -> None:
-    sources = map(inspect.getsource, (rules, cleaning_rules))
+    sources = map(inspect.getsource, (rules, run_rules, attention_rules, cleaning_rules))
     assert len(BROKEN) == sum(source.count("yield ConfigError(") for source in sources)
 
 

@@ -24,7 +24,8 @@ def run(launcher: str, run_dir: str) -> str:
         if launcher == "local":
             with follow(Path(run_dir), display):
                 return run_local(config, Path(run_dir), 2, WORKER, display.message)["status"]
-        from launch.ray_cluster import connect, run_on_ray
+        from launch.generations import run_on_ray
+        from launch.ray_cluster import connect
 
         with connect(config, "local") as cluster, follow(Path(run_dir), display):
             return run_on_ray(config, Path(run_dir), cluster, WORKER, display.message)["status"]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.ray_cluster import Cluster, connect, gpus_per_worker, run_on_ray
+from launch.generations import run_on_ray
+from launch.ray_cluster import Cluster, connect, gpus_per_worker
 from moe_dist.config import Config, parse_config
 from moe_dist.errors import ConfigError, DataError, LayoutError, TrainingFault
 from tests.launch.conftest import alive, behave, command, descendants, events, wait_until

@@ -21,10 +21,10 @@ def test_positions_worked_by_hand_begin_anew_after_end_of_text():
 
 def test_places_worked_by_hand_see_their_own_document_up_to_themselves():
     positions = document_positions(torch.tensor([[3, END, 5, 6]]), END)
-    places = places_of(positions, 4, (8, 1e4), torch.zeros(()))
+    places = places_of(positions, 4, small_config().model, torch.zeros(()))
     assert places.sees is not None
     assert places.sees[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    plain = places_of(None, 4, (8, 1e4), torch.zeros(()))
+    plain = places_of(None, 4, small_config().model, torch.zeros(()))
     assert plain.sees is None and torch.equal(places.cos[0, 0], plain.cos[[0, 1, 0, 1]])
 
 

@@ -12,6 +12,8 @@ from moe_dist.model.naming import global_tensors
 from moe_dist.model.places import Places
 from moe_dist.model.rope import rope_table, rotate
 from moe_dist.moe.experts import Experts
+from tests.support.attention import ATTENTION
+from tests.support.feed_forward import FEED_FORWARD
 from tests.support.models import plain_model, random_rows, small_config
 from tests.support.tolerances import assert_close
 
@@ -28,7 +30,7 @@ def test_transformer_future_tokens_do_not_change_the_past():
 
 
 def test_rope_scores_depend_on_distance_only():
-    table = rope_table(32, 8, 10_000.0, torch.zeros((), dtype=torch.float64))
+    table = rope_table(torch.arange(32), small_config().model, torch.zeros((), dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(8, generator=generator, dtype=torch.float64).expand(1, 1, 32, 8) for _ in range(2))
     scores = (rotate(query, table) @ rotate(key, table).transpose(-1, -2))[0, 0]
@@ -41,7 +43,7 @@ def test_attention_key_value_heads_serve_neighbouring_query_heads():
     config = small_config(model={"num_heads": 4, "num_kv_heads": 2, "head_width": 4})
     attention = plain_model(config).blocks[0].attention
     x = torch.randn(1, 5, 16, dtype=torch.float64)
-    table = rope_table(5, 4, 10_000.0, x)
+    table = rope_table(torch.arange(5), config.model, x)
     q = rotate(attention.query(x).view(1, 5, 4, 4).transpose(1, 2), table)
     k = rotate(attention.key(x).view(1, 5, 2, 4).transpose(1, 2), table).repeat_interleave(2, dim=1)
     v = attention.value(x).view(1, 5, 2, 4).transpose(1, 2).repeat_interleave(2, dim=1)
@@ -59,6 +61,8 @@ def test_attention_key_value_heads_serve_neighbouring_query_heads():
         ({"num_layers": 3, "num_heads": 4, "num_kv_heads": 4}, {}),
         ({}, {"latent_width": 6, "activation": "relu", "shared_expert_gate": True}),
         ({}, {"activation": "gelu", "router": "noisy_topk"}),
+        *((model, {}) for model in ATTENTION.values()),
+        *((case["model"], case.get("moe", {})) for case in FEED_FORWARD.values()),
     ],
 )
 def test_parameter_count_from_the_config_equals_the_model(model, moe):

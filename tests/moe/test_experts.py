@@ -67,7 +67,7 @@ def test_experts_loop_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(function, (rows, *weights))
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "clamped_swiglu", "gelu", "relu", "squared_relu"])
 @pytest.mark.parametrize("recompute", ["nothing", "activation", "projections"])
 def test_experts_loop_gives_the_same_gradients_twice_where_the_graph_is_kept(recompute, activation):
     """The backward writes over what the forward kept, but not while somebody may still ask for it."""

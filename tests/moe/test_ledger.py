@@ -11,8 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.model.block import Block
-from moe_dist.model.places import Places
-from moe_dist.model.rope import rope_table
+from moe_dist.model.places import places_of
 from moe_dist.moe import layer as layer_module
 from moe_dist.moe import ledger, router_kinds
 from moe_dist.moe.decision import RoutingContext, RoutingDecision
@@ -53,7 +52,7 @@ def block_of(kind: str) -> tuple[Block, torch.Tensor, RoutingContext]:
 
 
 def run(block: Block, x: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, MoERecord]:
-    return block(x, Places(*rope_table(S, 8, 1e4, x)), None, context)
+    return block(x, places_of(None, S, small_config().model, x), None, context)
 
 
 def replayed(block: Block, x: torch.Tensor, context: RoutingContext, choices: Choices) -> tuple[Any, MoERecord]:

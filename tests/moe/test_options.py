@@ -148,6 +148,13 @@ def test_options_pairs_without_meaning_are_refused_with_the_key(router, capacity
 EXPERTS = {
     "gelu": {"activation": "gelu"},
     "relu": {"activation": "relu"},
+    "geglu": {"activation": "geglu"},
+    "clamped": {"activation": "clamped_swiglu"},
+    "squared relu": {"activation": "squared_relu"},
+    "biases": {"expert_bias": True},
+    "biases of one product, clamped": {"expert_bias": True, "activation": "clamped_swiglu", "weigh": "input"},
+    "biases, relu, latent": {"expert_bias": True, "activation": "relu", "latent_width": 6},
+    "padded biases": {"expert_bias": True, **CAPACITIES["padded"]},
     "input": {"weigh": "input"},
     "input sigmoid top-1 of Llama 4": {
         "weigh": "input",

@@ -1,0 +1,90 @@
+"""Options of feed-forwards, experts, norms and positions: every layout makes the step of one process."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_dist.config import Config
+from moe_dist.moe.experts import Experts
+from moe_dist.parallel.expert_tensor import CutExperts
+from tests.parallel.test_attention_options import first_weights_drawn
+from tests.support.feed_forward import FEED_FORWARD
+from tests.support.gang import run_gang
+from tests.support.models import random_rows, small_config
+from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step
+from tests.support.tolerances import RELATIVE
+
+TOLERANCE = RELATIVE[torch.float64]
+RANKS, ROWS = 4, 5
+# tensor, expert, expert-tensor, what ranks keep, recompute
+LAYOUTS = [
+    (2, 1, 1, "replicate", "none"),
+    (1, 2, 2, "replicate", "selective"),
+    (2, 2, 2, "replicate", "full"),
+    (2, 4, 1, "zero1", "none"),
+    (2, 2, 1, "fsdp", "selective"),
+    (1, 1, 4, "replicate", "none"),
+]
+CUT = LAYOUTS[1]
+BIASED = list(FEED_FORWARD)[1]
+
+
+def config_of(name: str, layout: tuple[int, int, int, str, str]) -> Config:
+    tensor, expert, cut, data, recompute = layout
+    case = FEED_FORWARD[name]
+    return small_config(
+        {"balance_loss": 0.2, "expert_width": 12, **case.get("moe", {})},
+        model=case["model"],
+        parallel={"tensor": tensor, "expert": expert, "expert_tensor": cut, "data": data},
+        train={"global_batch_sequences": ROWS, "micro_batch_sequences": 2, "recompute": recompute},
+    )
+
+
+def share_of(tensor: int) -> list[torch.Tensor]:
+    return list(random_rows(ROWS).tensor_split(RANKS // tensor))
+
+
+def bias_on_every_rank(self: CutExperts, kind: torch.dtype) -> Any:
+    """What a cut expert must not do: all ranks of its group add the last bias."""
+    found = Experts.biases(self, kind)
+    assert found is not None
+    return found[0], F.pad(found[1], (0, self.down.shape[2] - found[1].shape[1]))
+
+
+def steps_of_rank(rank: int) -> dict[Any, StepProof]:
+    found: dict[Any, StepProof] = {}
+    with first_weights_drawn():
+        for name in FEED_FORWARD:
+            for layout in LAYOUTS:
+                found[name, layout] = candidate_step(rank, config_of(name, layout), layout[1], share_of(layout[0]))
+        with mock.patch.object(CutExperts, "biases", bias_on_every_rank):
+            found["mistake"] = candidate_step(rank, config_of(BIASED, CUT), CUT[1], share_of(CUT[0]))
+    return found
+
+
+@cache
+def steps() -> list[dict[Any, StepProof]]:
+    return run_gang(steps_of_rank, RANKS, timeout_seconds=200)
+
+
+@cache
+def expected_of(name: str) -> StepProof:
+    with first_weights_drawn():
+        return oracle_step(config_of(name, LAYOUTS[0]), random_rows(ROWS))
+
+
+@pytest.mark.parametrize("name", FEED_FORWARD)
+def test_every_layout_makes_the_step_of_one_process(name):
+    for layout in LAYOUTS:
+        difference = first_difference([found[name, layout] for found in steps()], expected_of(name), TOLERANCE)
+        assert difference is None, f"tensor, expert, expert-tensor, data, recompute {layout}: {difference}"
+
+
+def test_bias_added_at_the_wrong_channels_is_seen():
+    assert first_difference([found["mistake"] for found in steps()], expected_of(BIASED), TOLERANCE) is not None
