@@ -25,6 +25,7 @@ from launch.config_commands import config_app
 from launch.exchange_commands import exchange_app
 from launch.exit_codes import ExitCode
 from launch.failure import RankCrash
+from launch.model_commands import model_app
 from launch.routing_commands import routing_app
 from launch.run_directory import prepare, stored_config
 from launch.upcycle_command import upcycle_app
@@ -48,6 +49,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(model_app, name="model")
 app.command()(verify)
 app.add_typer(upcycle_app)
 app.add_typer(exchange_app)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,9 @@ import torch
 from moe_dist.checkpoint import pieces, store
 from moe_dist.checkpoint.agree import Outcome, attempt, on_every_rank, on_first_rank
 from moe_dist.checkpoint.manifest import OLDER, Manifest, read_manifest
+from moe_dist.checkpoint.opened import open_file
 from moe_dist.checkpoint.read import Reader, parameters_in
+from moe_dist.checkpoint.source import Elsewhere, Opens, Source
 from moe_dist.config import Config, ModelConfig, parse_config
 from moe_dist.errors import CheckpointError
 from moe_dist.model.flops import count_parameters
@@ -20,6 +22,7 @@ from moe_dist.parallel.fsdp import local, rows_here
 from moe_dist.parallel.mesh import Mesh
 
 Report = Callable[[str], None]
+Fill = Callable[[Path, Manifest, Opens], None]
 
 
 def restore_newest(
@@ -27,11 +30,13 @@ def restore_newest(
     mesh: Mesh,
     report: Report,
     accept: Callable[[Path, Manifest], None],
-    fill: Callable[[Path, Manifest], None],
-) -> tuple[Path, Manifest] | None:
-    """Fills this rank from the newest checkpoint that proves whole on all ranks; entered by all ranks.
+    fill: Fill,
+    elsewhere: Sequence[Elsewhere] = (),
+) -> tuple[Source, Manifest] | None:
+    """Fills this rank from the newest state that proves whole on all ranks; entered by all ranks.
 
-    A checkpoint that turns out to be damaged while it is read is reported, and the one before is read over it.
+    What turns out to be damaged while it is read is reported, and the state before is read over it. Of several after
+    the same step, the nearest is taken.
 
     Args:
         root: Where checkpoints lie.
@@ -39,32 +44,48 @@ def restore_newest(
         report: Told of those that are left out.
         accept: Raises where a checkpoint is whole but not of this run; nothing older is tried then.
         fill: Reads it, as `load_training_state` does.
+        elsewhere: Other places of states.
 
     Returns:
-        The checkpoint; None where there is none at all.
+        What it was, with its manifest; None where there is no checkpoint at all.
 
     Raises:
         CheckpointError: On every rank alike: it is not of this run, or there are checkpoints and none proves whole:
             nothing may then begin anew in silence.
     """
-    names = on_first_rank(lambda: [path.name for path in store.committed(root)], mesh).unwrap()
-    first: tuple[str, str, str, str] | None = None
-    for path in (root / name for name in names):
-        opened = attempt(lambda: read_manifest(path), mesh.rank)  # noqa: B023 - called at once, as those below
-        damage = _first_problem(on_every_rank(lambda: bool(opened.unwrap()), mesh))  # noqa: B023
-        if damage is None:
+    damage: tuple[str, str, str, str] | None = None
+    for source in _sources(root, mesh, report, elsewhere):
+        opened = attempt(source.manifest, mesh.rank)
+        problem = _first_problem(on_every_rank(lambda: bool(opened.unwrap()), mesh))  # noqa: B023 - called at once
+        if problem is None:
             manifest: Manifest = opened.unwrap()
-            refused = _first_problem(on_every_rank(lambda: accept(path, manifest), mesh))  # noqa: B023
+            refused = _first_problem(on_every_rank(lambda: accept(source.path, manifest), mesh))  # noqa: B023
             if refused is not None:
                 raise CheckpointError(*refused)
-            damage = _first_problem(on_every_rank(lambda: fill(path, manifest), mesh))  # noqa: B023
-            if damage is None:
-                return path, manifest
-        report(_left_out(path, *damage[:3]))
-        first = first or damage
-    if first is not None:
-        raise _none_is_whole(root, *first[:2])
+            problem = _first_problem(on_every_rank(lambda: fill(source.path, manifest, source.opens()), mesh))  # noqa: B023
+            if problem is None:
+                return source, manifest
+        report(_left_out(source.path, *problem[:3]))
+        damage = damage or (problem if source.key is None else None)
+    if damage is not None:
+        raise _none_is_whole(root, *damage[:2])
     return None
+
+
+def _sources(root: Path, mesh: Mesh, report: Report, elsewhere: Sequence[Elsewhere]) -> list[Source]:
+    """All states that may be whole, newest first, as rank 0 sees them."""
+    names = on_first_rank(lambda: [path.name for path in store.committed(root)], mesh).unwrap()
+    found = [_on_disk(root / name) for name in names]
+    for place in elsewhere:
+        told = on_first_rank(place.find, mesh)
+        if told.problem is not None:
+            report(f"what is in {place.name} is not known: {told.error()}")
+        found += [place.source(value) for value in told.value or []]
+    return sorted(found, key=lambda source: (-source.step, source.distance))
+
+
+def _on_disk(path: Path) -> Source:
+    return Source(path, store.step_of(path), 1, lambda: read_manifest(path), lambda: open_file)
 
 
 def load_newest_model(root: Path, device: torch.device, report: Report) -> tuple[Transformer, Manifest]:
@@ -86,7 +107,13 @@ def load_newest_model(root: Path, device: torch.device, report: Report) -> tuple
     raise CheckpointError(str(root), "no checkpoint", "there is a checkpoint of the run", "train the run first")
 
 
-def load_training_state(path: Path, manifest: Manifest, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+def load_training_state(
+    path: Path,
+    manifest: Manifest,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    opens: Opens = open_file,
+) -> None:
     """Fills the weights, moments and buffers held here, whatever layout wrote them; reads no more than these.
 
     Raises:
@@ -95,7 +122,7 @@ def load_training_state(path: Path, manifest: Manifest, model: Transformer, opti
     check_names(path, manifest, model.config)
     pieces.prepare_moments(optimizer, manifest.step)
     begins = _begins(manifest)
-    with Reader(path, manifest, beside=True) as reader, torch.no_grad():
+    with Reader(path, manifest, True, opens) as reader, torch.no_grad():
         for of_parameter, tensors in pieces.parameters_here(model, optimizer):
             for kind, held in tensors.items():
                 here, rows = local(held), rows_here(held) if held.ndim else range(1)
