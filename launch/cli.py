@@ -22,10 +22,12 @@ from launch import data_commands
 from launch.ablate_command import ablate_app
 from launch.checkpoint_commands import checkpoint_app
 from launch.config_commands import config_app
+from launch.exchange_commands import exchange_app
 from launch.exit_codes import ExitCode
 from launch.failure import RankCrash
+from launch.model_commands import model_app
 from launch.routing_commands import routing_app
-from launch.run_directory import prepare
+from launch.run_directory import prepare, stored_config
 from launch.upcycle_command import upcycle_app
 from launch.verify_commands import verify
 from moe_dist.config import Config, load_config
@@ -47,8 +49,10 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(routing_app, name="routing")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(model_app, name="model")
 app.command()(verify)
 app.add_typer(upcycle_app)
+app.add_typer(exchange_app)
 app.add_typer(ablate_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
@@ -276,7 +280,7 @@ def generate(
 
     Example: moe-dist generate runs/demo --prompt "def " --max-new-tokens 64
     """
-    stored = Path(run_dir) / "config.yaml"
+    stored = stored_config(Path(run_dir))
     if not stored.exists():
         raise ConfigError("RUN_DIR", run_dir, "the directory of a run, with its config.yaml", "moe-dist train first")
     settings = load_config(stored).generate

@@ -65,6 +65,11 @@ class RankError:
         )
         return cls(rank, time.time(), TrainingFault.__name__, fields, how, "")
 
+    @property
+    def lost(self) -> bool:
+        """Whether the rank ended without a word."""
+        return self.fields is not None and not self.trace
+
     def exception(self) -> Exception:
         """The exception to show: a named error as itself, anything else as a `RankCrash`."""
         if self.fields is None:
@@ -86,6 +91,12 @@ class RankError:
 def first_cause(found: Iterable[RankError]) -> RankError:
     """The error to show: a named one before a crash (peers crash on a lost connection), then the earliest."""
     return min(found, key=lambda error: (error.fields is None, _is_echo(error), error.time))
+
+
+def in_a_line(error: Exception) -> str:
+    """Where and what, for a message."""
+    where, value = getattr(error, "where", ""), getattr(error, "value", str(error))
+    return f"{where}: {' '.join(str(value).split())[:200]}"
 
 
 def write_once(path: Path, error: RankError) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.failure import RankError, first_cause, read_once
+from launch.failure import RankError, first_cause, in_a_line, read_once
 from launch.hang_watch import HangWatch
 from launch.interrupt import StopRequest, to_stderr
+from launch.keepers import Keepers
 from launch.local import DEFAULT_WORKER
 from launch.one_launcher import only_launcher
 from launch.placement import Node, place, places
@@ -68,7 +69,11 @@ def run_on_ray(
         (run_dir / "ray" / "driver.log").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),  # raylets report dead workers there, at length
     ):
-        return Generations(config, build_dir, (cluster, worker), stop, say).to_the_end()
+        run = Generations(config, build_dir, (cluster, worker), stop, say)
+        try:
+            return run.to_the_end()
+        finally:
+            run.keepers.end()
 
 
 class Generations:
@@ -94,6 +99,7 @@ class Generations:
         self.cluster, self.worker = where
         self.run_dir, self.needs = Path(config.run.dir), needs_of_rank(config, self.cluster)
         self.failures, self.reached = 0, reached_step(self.run_dir)
+        self.keepers = Keepers()
 
     def to_the_end(self) -> dict[str, Any]:
         """Generation after generation, until one ends well or the person stops the run."""
@@ -112,7 +118,7 @@ class Generations:
         self.reached = max(reached, self.reached)
         if self.failures > self.config.launch.max_failures:
             raise error
-        self.say(f"{_in_a_line(error)}; starting again from the newest checkpoint")
+        self.say(f"{in_a_line(error)}; starting again from the newest checkpoint")
 
     def _generation(self) -> dict[str, Any] | Exception:
         """One start of all ranks, and how it ended."""
@@ -121,11 +127,14 @@ class Generations:
         number = begin_generation(self.run_dir)
         sweep(self.run_dir / "checkpoints")  # what an older generation may still be writing can then not be published
         error_file = self.run_dir / "ray" / f"error-{uuid.uuid4().hex}.json"
-        task = Task(config, self.build_dir, self.worker, error_file, number)
+        placed = place(nodes, self.needs, config.launch.placement, ranks)
+        living = [node.name for node in nodes]
+        keepers = self.keepers.on(placed, living) if config.checkpoint.memory_every_steps else {}
+        task = Task(config, self.build_dir, self.worker, error_file, number, placed, keepers)
         self.say(f"starting {ranks} ranks")
         tell_attempt(self.run_dir)
         watch = HangWatch(self.run_dir, ranks, number, config.launch.hang_timeout_seconds)
-        gang = RayGang(task, place(nodes, self.needs, config.launch.placement, ranks), self.needs)
+        gang = RayGang(task, self.needs)
         try:
             return _Supervision(self, gang, watch).outcome()
         finally:
@@ -232,8 +241,3 @@ class _Supervision:
         self.resized = True
         self.run.say(f"{why}: saving, and going on with what is there")
         self.run.stop.ask_ranks()
-
-
-def _in_a_line(error: Exception) -> str:
-    where, value = getattr(error, "where", ""), getattr(error, "value", str(error))
-    return f"{where}: {' '.join(str(value).split())[:200]}"

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import cores, rank_environment, variables_set
-from launch.failure import RankError, first_cause
+from launch.failure import RankError, first_cause, in_a_line
 from launch.hang_watch import HangWatch
 from launch.interrupt import StopRequest, heed_signals_of_a_rank, to_stderr
 from launch.one_launcher import only_launcher
-from launch.run_directory import tell_attempt
+from launch.run_directory import reached_step, tell_attempt
+from launch.shared_memory import Files, kept_memory
 from moe_dist.config import Config
 from moe_dist.runtime.generation import begin_generation
 
@@ -40,9 +41,10 @@ class _Task:
     config: Config
     build_dir: Path
     ranks: int
-    init_method: str
     worker: str
-    generation: int
+    memory: Files | None
+    init_method: str = ""
+    generation: int = 0
 
 
 @dataclasses.dataclass
@@ -60,6 +62,8 @@ def run_local(
     config: Config, build_dir: Path, ranks: int, worker: str = DEFAULT_WORKER, say: Callable[[str], None] = to_stderr
 ) -> dict[str, Any]:
     """Runs a configuration as processes of this machine and waits for them.
+
+    With `checkpoint.memory_every_steps` a lost rank does not end the run: all ranks start again, as on Ray.
 
     Args:
         config: The checked configuration.
@@ -79,25 +83,38 @@ def run_local(
         KeyboardInterrupt: Ctrl-C was pressed twice.
     """
     run_dir = Path(config.run.dir)
-    with (
-        only_launcher(run_dir),
-        tempfile.TemporaryDirectory(prefix="moe-dist-") as folder,
-        StopRequest(run_dir, say) as stop,
-    ):
-        generation = begin_generation(run_dir)
-        task = _Task(config, build_dir, ranks, f"file://{folder}/rendezvous", worker, generation)
-        watch = HangWatch(run_dir, ranks, generation, config.launch.hang_timeout_seconds)
+    with only_launcher(run_dir), StopRequest(run_dir, say) as stop, kept_memory(config, ranks) as memory:
+        failures, reached = 0, reached_step(run_dir)
+        while True:
+            ended = _generation(_Task(config, build_dir, ranks, worker, memory), stop)
+            if not isinstance(ended, Exception):
+                return ended
+            failures = 1 if reached_step(run_dir) > reached else failures + 1
+            reached = max(reached, reached_step(run_dir))
+            if memory is None or stop.asked or failures > config.launch.max_failures:
+                raise ended
+            say(f"{in_a_line(ended)}; starting again from the newest state")
+
+
+def _generation(task: _Task, stop: StopRequest) -> dict[str, Any] | Exception:
+    """One start of all ranks: the summary of rank 0, or how a rank was lost, which another start may mend."""
+    run_dir, ranks = Path(task.config.run.dir), task.ranks
+    with tempfile.TemporaryDirectory(prefix="moe-dist-") as folder:
+        task = dataclasses.replace(
+            task, init_method=f"file://{folder}/rendezvous", generation=begin_generation(run_dir)
+        )
+        watch = HangWatch(run_dir, ranks, task.generation, task.config.launch.hang_timeout_seconds)
         gang: list[_Rank] = []
         tell_attempt(run_dir)
         try:
             # No GPU is shown to the ranks: several of them cannot share one in NCCL.
-            with variables_set(rank_environment(config, cores() / ranks) | {"CUDA_VISIBLE_DEVICES": ""}):
+            with variables_set(rank_environment(task.config, cores() / ranks) | {"CUDA_VISIBLE_DEVICES": ""}):
                 for rank in range(ranks):
                     gang.append(_start(task, rank))
-            _supervise(gang, stop, watch)
+            lost = _supervise(gang, stop, watch)
         finally:
             _end(gang)
-    return gang[0].summary or {}
+    return lost or gang[0].summary or {}
 
 
 def load_worker(name: str) -> Callable[..., dict[str, Any]]:
@@ -107,7 +124,11 @@ def load_worker(name: str) -> Callable[..., dict[str, Any]]:
 
 
 def _start(task: _Task, rank: int) -> _Rank:
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("spawn" if task.memory is None else "forkserver")
+    if (
+        task.memory is not None
+    ):  # ranks that may have to start again soon find what they import in a process that has it
+        context.set_forkserver_preload([task.worker.partition(":")[0]])
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_rank_main, args=(task, rank, sending), name=f"rank {rank}", daemon=True)
     process.start()
@@ -115,8 +136,8 @@ def _start(task: _Task, rank: int) -> _Rank:
     return _Rank(process, receiving)
 
 
-def _supervise(gang: list[_Rank], stop: StopRequest, watch: HangWatch) -> None:
-    """Returns when every rank has ended well; raises the first failure."""
+def _supervise(gang: list[_Rank], stop: StopRequest, watch: HangWatch) -> Exception | None:
+    """Returns None when every rank has ended well, or the loss of a rank; raises the first failure of another kind."""
     while not all(rank.ended for rank in gang):
         _receive(gang, _POLL_SECONDS)
         if stop.abort_asked():
@@ -125,10 +146,14 @@ def _supervise(gang: list[_Rank], stop: StopRequest, watch: HangWatch) -> None:
             deadline = time.monotonic() + _OTHERS_REPORT_SECONDS
             while time.monotonic() < deadline and not all(rank.ended or rank.error for rank in gang):
                 _receive(gang, _POLL_SECONDS)
-            raise first_cause([rank.error for rank in gang if rank.error]).exception()
+            cause = first_cause([rank.error for rank in gang if rank.error])
+            if cause.lost:
+                return cause.exception()
+            raise cause.exception()
         hanging = watch.look()
         if hanging is not None:
-            raise hanging
+            return hanging
+    return None
 
 
 def _receive(gang: list[_Rank], seconds: float) -> None:
@@ -188,11 +213,14 @@ class _Reported(Exception):
 
 
 def _run_rank(task: _Task, rank: int, results: Connection) -> dict[str, Any]:
+    from moe_dist.checkpoint.memory import FileKeeper
     from moe_dist.runtime.process import Place, open_process
 
     run_worker = load_worker(task.worker)
     place = Place(rank, task.ranks, rank, task.ranks, "local", task.generation)
-    with open_process(place, task.config, task.init_method) as process:
+    with open_process(place, task.config, task.init_method) as joined:
+        keeper = None if task.memory is None else FileKeeper(task.memory)
+        process = dataclasses.replace(joined, keeper=keeper)
         try:
             return run_worker(task.config, task.build_dir, process)
         except BaseException as error:

@@ -12,12 +12,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.environment import rank_environment
 from launch.failure import RankError, read_once, write_once
+from launch.keepers import RayKeeper
 from launch.local import load_worker
 from launch.placement import Needs
 from moe_dist.config import Config
@@ -29,13 +29,25 @@ _POLL_SECONDS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What every rank of a generation is told."""
+    """What every rank of a generation is told.
+
+    Attributes:
+        config: The configuration, for this number of ranks.
+        build_dir: Built shards.
+        worker: `module:function` that every rank calls.
+        error_file: Where a named error is left.
+        generation: Which start this is.
+        nodes: The node of every rank.
+        keepers: Actors that keep states in memory, by node; none where none are kept.
+    """
 
     config: Config
     build_dir: Path
     worker: str
     error_file: Path
     generation: int
+    nodes: list[str]
+    keepers: dict[str, Any]
 
 
 class RankActor:
@@ -57,7 +69,9 @@ class RankActor:
         ended = threading.Event()
         threading.Thread(target=_leave_after_error, args=(task.error_file, ended), daemon=True).start()
         try:
-            with open_process(Place(**place), task.config, init_method) as process:
+            with open_process(Place(**place), task.config, init_method) as joined:
+                keeper = RayKeeper(task.keepers, task.nodes, joined.rank) if task.keepers else None
+                process = dataclasses.replace(joined, keeper=keeper)
                 try:
                     return load_worker(task.worker)(task.config, task.build_dir, process)
                 except Exception as error:  # told before the group closes: its closing makes the peers fail too
@@ -72,18 +86,17 @@ class RayGang:
     """The actors of one generation.
 
     Args:
-        task: What they are to do.
-        nodes: The node of each rank, in order of rank.
+        task: What they are to do, and where.
         needs: What a rank takes.
     """
 
-    def __init__(self, task: Task, nodes: Sequence[str], needs: Needs) -> None:
+    def __init__(self, task: Task, needs: Needs) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         kind: Any = ray.remote(RankActor)
         variables = rank_environment(task.config, needs.cpus)
-        self.nodes = list(nodes)
+        self.nodes = task.nodes
         self.actors: list[Any] = [
             kind.options(
                 num_cpus=needs.cpus,
@@ -92,7 +105,7 @@ class RayGang:
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                 runtime_env={"env_vars": variables},
             ).remote()
-            for node in nodes
+            for node in task.nodes
         ]
         self.task = task
         self._results: dict[Any, int] = {}

@@ -19,6 +19,7 @@ from moe_dist.train import PROGRESS_FILE
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+IMPORTED_FILE = "imported.yaml"  # what a run that begins with imported weights is started with
 _TAIL_BYTES = 1 << 18
 
 # Keys and sections that a continued run may change: where and how it runs, not what it trains. `train.steps` moves the
@@ -73,6 +74,12 @@ def prepare(config: Config, again: bool) -> dict[str, Any] | None:
         return summary
     _store(config, run_dir)
     return None
+
+
+def stored_config(run_dir: Path) -> Path:
+    """The configuration of a run, or what it is to be started with where its weights were imported."""
+    imported = run_dir / IMPORTED_FILE
+    return imported if imported.exists() and not (run_dir / CONFIG_FILE).exists() else run_dir / CONFIG_FILE
 
 
 def resolve_paths(config: Config) -> Config:

@@ -70,7 +70,7 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     trainee = build_trainee(config, mesh, process.device, separating_token(config, build_dir))
 
     recorder = open_recorder(config, process, mesh, fence)
-    trainer = Trainer(trainee, batches, held_out, recorder)
+    trainer = Trainer(trainee, batches, held_out, recorder, process.keeper)
     started = time.perf_counter()
     trainer.restore()
     recorder.spent("restore", time.perf_counter() - started)

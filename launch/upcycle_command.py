@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.run_directory import CONFIG_FILE, prepare
+from launch.run_directory import CONFIG_FILE, prepare, stored_config
 from moe_dist.config import Config, parse_config
 from moe_dist.config.load import read_tree
 from moe_dist.errors import ConfigError
@@ -79,7 +79,8 @@ def _new_config(dense_run: Path, out: Path, overrides: Sequence[str], asked: dic
     Raises:
         ConfigError: There is no dense run, OUT is not new, or an override is of a key that the command decides.
     """
-    if not (dense_run / CONFIG_FILE).exists():
+    stored = stored_config(dense_run)
+    if not stored.exists():
         rule = "the directory of a run, with its config.yaml"
         raise ConfigError("DENSE_RUN", str(dense_run), rule, "moe-dist train first")
     if out.exists() and any(out.iterdir()):
@@ -88,7 +89,7 @@ def _new_config(dense_run: Path, out: Path, overrides: Sequence[str], asked: dic
         name = override.partition("=")[0].strip()
         if name.removeprefix("model.") in _DECIDED:
             raise ConfigError(name, override, "the command's options decide it", "see moe-dist upcycle --help")
-    tree = parse_config(read_tree(dense_run / CONFIG_FILE, overrides)).model_dump(mode="json")
+    tree = parse_config(read_tree(stored, overrides)).model_dump(mode="json")
     model, moe = tree["model"], tree["model"]["moe"]
     moe |= {**asked["moe"], "activation": model["ffn_activation"]}
     moe["expert_width"] = max(1, (model["ffn_width"] - moe["shared_expert_width"]) // int(moe["gate_scale"]))

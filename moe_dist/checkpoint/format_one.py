@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from moe_dist.checkpoint.header import read_header
-from moe_dist.checkpoint.manifest import MANIFEST, OLDER, hash_of, open_regular
+from moe_dist.checkpoint.manifest import MANIFEST, OLDER, hash_of
+from moe_dist.checkpoint.opened import open_file
 from moe_dist.errors import CheckpointError
 
 
@@ -35,11 +35,11 @@ def _part(path: Path, part: dict[str, Any]) -> dict[str, Any]:
     name = part["file"]
     if not isinstance(name, str) or Path(name).name != name:
         raise CheckpointError(str(path / MANIFEST), name, "a part lies in the checkpoint's folder", OLDER)
-    handle = open_regular(path / name)
+    opened = open_file(path / name)
     try:
-        header = read_header(handle, path / name)
+        header = read_header(opened, path / name)
     finally:
-        os.close(handle)
+        opened.close()
     if set(header.tensors) != set(part["tensors"]):
         raise CheckpointError(str(path / name), "other tensors", "the part holds what the manifest says", OLDER)
     tensors = {key: {**entry, "hashes": []} for key, entry in header.tensors.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from moe_dist.checkpoint.manifest import DTYPE_NAMES, OLDER, parse_json
+from moe_dist.checkpoint.opened import Opened, read_all
 from moe_dist.errors import CheckpointError
 
 _MOST_BYTES = 100_000_000  # as safetensors itself allows
@@ -56,18 +56,18 @@ def plan_header(tensors: dict[str, tuple[torch.Size, torch.dtype]], told: dict[s
     return Header(content, _from_beginning(places, len(content)), told.get("save", ""))
 
 
-def read_header(handle: int, file: Path) -> Header:
-    """The header of an open file.
+def read_header(part: Opened, file: Path) -> Header:
+    """The header of an open part.
 
     Raises:
         CheckpointError: Its length, its JSON or a tensor in it cannot be.
     """
-    size = os.fstat(handle).st_size
-    length = int.from_bytes(os.pread(handle, 8, 0), "little")
+    size = part.size
+    length = int.from_bytes(read_all(part, 0, 8), "little")
     if size < 8 or length > min(_MOST_BYTES, size - 8):
         rule = f"a header fits into the file of {size:,} bytes and has at most {_MOST_BYTES:,}"
         raise CheckpointError(str(file), f"a header of {length:,} bytes", rule, OLDER)
-    content = os.pread(handle, 8 + length, 0)
+    content = read_all(part, 0, 8 + length)
     tree = parse_json(content[8:], f"{file}: header")
     told = tree.pop("__metadata__", {})
     save = told.get("save", "") if isinstance(told, dict) else ""

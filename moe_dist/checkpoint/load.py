@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moe_dist.checkpoint import pieces, store
 from moe_dist.checkpoint.agree import Outcome, attempt, on_every_rank, on_first_rank
 from moe_dist.checkpoint.manifest import OLDER, Manifest, read_manifest
+from moe_dist.checkpoint.memory import InMemory, Key, MemoryCopies
+from moe_dist.checkpoint.opened import Opened, open_file
 from moe_dist.checkpoint.read import Reader, parameters_in
 from moe_dist.config import Config, ModelConfig, parse_config
 from moe_dist.errors import CheckpointError
@@ -20,6 +24,24 @@ from moe_dist.parallel.fsdp import local, rows_here
 from moe_dist.parallel.mesh import Mesh
 
 Report = Callable[[str], None]
+Fill = Callable[[Path, Manifest, Callable[[Path], Opened]], None]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a rank was filled from.
+
+    Attributes:
+        path: The checkpoint, or `memory/step-...`.
+        manifest: Its manifest.
+        key: The state in memory that it was; None for a checkpoint on a disk.
+        record: Rows of the record that were in memory with it.
+    """
+
+    path: Path
+    manifest: Manifest
+    key: Key | None = None
+    record: list[Any] = field(default_factory=list)
 
 
 def restore_newest(
@@ -27,11 +49,13 @@ def restore_newest(
     mesh: Mesh,
     report: Report,
     accept: Callable[[Path, Manifest], None],
-    fill: Callable[[Path, Manifest], None],
-) -> tuple[Path, Manifest] | None:
-    """Fills this rank from the newest checkpoint that proves whole on all ranks; entered by all ranks.
+    fill: Fill,
+    memory: MemoryCopies | None = None,
+) -> Restored | None:
+    """Fills this rank from the newest state that proves whole on all ranks; entered by all ranks.
 
-    A checkpoint that turns out to be damaged while it is read is reported, and the one before is read over it.
+    What turns out to be damaged while it is read is reported, and the state before is read over it. Of one in memory
+    and one on the disk after the same step, that in memory is taken.
 
     Args:
         root: Where checkpoints lie.
@@ -39,32 +63,47 @@ def restore_newest(
         report: Told of those that are left out.
         accept: Raises where a checkpoint is whole but not of this run; nothing older is tried then.
         fill: Reads it, as `load_training_state` does.
+        memory: States in memory.
 
     Returns:
-        The checkpoint; None where there is none at all.
+        What it was; None where there is no checkpoint at all.
 
     Raises:
         CheckpointError: On every rank alike: it is not of this run, or there are checkpoints and none proves whole:
             nothing may then begin anew in silence.
     """
-    names = on_first_rank(lambda: [path.name for path in store.committed(root)], mesh).unwrap()
-    first: tuple[str, str, str, str] | None = None
-    for path in (root / name for name in names):
-        opened = attempt(lambda: read_manifest(path), mesh.rank)  # noqa: B023 - called at once, as those below
-        damage = _first_problem(on_every_rank(lambda: bool(opened.unwrap()), mesh))  # noqa: B023
-        if damage is None:
+    damage: tuple[str, str, str, str] | None = None
+    for path, in_memory in _candidates(root, mesh, report, memory):
+        opened = attempt(lambda: in_memory.checked() if in_memory else read_manifest(path), mesh.rank)  # noqa: B023 - called at once, as those below
+        problem = _first_problem(on_every_rank(lambda: bool(opened.unwrap()), mesh))  # noqa: B023
+        if problem is None:
             manifest: Manifest = opened.unwrap()
             refused = _first_problem(on_every_rank(lambda: accept(path, manifest), mesh))  # noqa: B023
             if refused is not None:
                 raise CheckpointError(*refused)
-            damage = _first_problem(on_every_rank(lambda: fill(path, manifest), mesh))  # noqa: B023
-            if damage is None:
-                return path, manifest
-        report(_left_out(path, *damage[:3]))
-        first = first or damage
-    if first is not None:
-        raise _none_is_whole(root, *first[:2])
+            opens = (lambda: memory.opener(in_memory.key)) if memory and in_memory else (lambda: open_file)  # noqa: B023
+            problem = _first_problem(on_every_rank(lambda: fill(path, manifest, opens()), mesh))  # noqa: B023
+            if problem is None:
+                return Restored(path, manifest, *((in_memory.key, in_memory.record) if in_memory else ()))
+        report(_left_out(path, *problem[:3]))
+        damage = damage or (None if in_memory else problem)
+    if damage is not None:
+        raise _none_is_whole(root, *damage[:2])
     return None
+
+
+def _candidates(
+    root: Path, mesh: Mesh, report: Report, memory: MemoryCopies | None
+) -> list[tuple[Path, InMemory | None]]:
+    """All states that may be whole, newest first, as rank 0 sees them."""
+    names = on_first_rank(lambda: [path.name for path in store.committed(root)], mesh).unwrap()
+    found: list[tuple[Path, InMemory | None]] = [(root / name, None) for name in names]
+    if memory is not None:
+        states = on_first_rank(memory.whole_states, mesh)
+        if states.problem is not None:
+            report(f"no state in memory: {states.error()}")
+        found += [(state.path, state) for state in states.value or []]
+    return sorted(found, key=lambda pair: (-store.step_of(pair[0]), pair[1] is None))
 
 
 def load_newest_model(root: Path, device: torch.device, report: Report) -> tuple[Transformer, Manifest]:
@@ -86,7 +125,13 @@ def load_newest_model(root: Path, device: torch.device, report: Report) -> tuple
     raise CheckpointError(str(root), "no checkpoint", "there is a checkpoint of the run", "train the run first")
 
 
-def load_training_state(path: Path, manifest: Manifest, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+def load_training_state(
+    path: Path,
+    manifest: Manifest,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    opens: Callable[[Path], Opened] = open_file,
+) -> None:
     """Fills the weights, moments and buffers held here, whatever layout wrote them; reads no more than these.
 
     Raises:
@@ -95,7 +140,7 @@ def load_training_state(path: Path, manifest: Manifest, model: Transformer, opti
     check_names(path, manifest, model.config)
     pieces.prepare_moments(optimizer, manifest.step)
     begins = _begins(manifest)
-    with Reader(path, manifest, beside=True) as reader, torch.no_grad():
+    with Reader(path, manifest, True, opens) as reader, torch.no_grad():
         for of_parameter, tensors in pieces.parameters_here(model, optimizer):
             for kind, held in tensors.items():
                 here, rows = local(held), rows_here(held) if held.ndim else range(1)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.header import read_header
-from moe_dist.checkpoint.manifest import CHUNK_BYTES, DTYPES, OLDER, Entry, Manifest, Part, hash_of, open_regular
+from moe_dist.checkpoint.manifest import CHUNK_BYTES, DTYPES, OLDER, Entry, Manifest, Part, hash_of
+from moe_dist.checkpoint.opened import Opened, open_file, read_all
 from moe_dist.checkpoint.write import bytes_of
 from moe_dist.errors import CheckpointError
 from moe_dist.model.naming import Cut
@@ -36,13 +36,16 @@ class Reader:
         manifest: Its proven manifest.
         beside: Chunks are read and proven by threads, several at once. What `copy` fills is then there, and damage is
             raised, only when the reader is left.
+        opens: Opens a part; raises a CheckpointError where it is not there.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, beside: bool = False) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(
+        self, path: Path, manifest: Manifest, beside: bool = False, opens: Callable[[Path], Opened] = open_file
+    ) -> None:
+        self.path, self.manifest, self._opens = path, manifest, opens
         self._pool = ThreadPoolExecutor(_THREADS, "checkpoint-read") if beside else None
         self._pending: deque[Future[memoryview]] = deque()
-        self._open: dict[str, int] = {}
+        self._open: dict[str, Opened] = {}
         self._chunk = memoryview(bytearray(0))
         self._places: dict[str, tuple[int, int]] = {}
 
@@ -55,8 +58,8 @@ class Reader:
         finally:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
-            for handle in self._open.values():
-                os.close(handle)
+            for opened in self._open.values():
+                opened.close()
             self._open.clear()
 
     def _drain(self, left: int | None) -> None:
@@ -109,7 +112,7 @@ class Reader:
         self._drain(0)
         return value
 
-    def part(self, part: Part) -> int:
+    def part(self, part: Part) -> Opened:
         """An open part whose size and header are what the manifest says.
 
         Raises:
@@ -118,14 +121,14 @@ class Reader:
         if part.file in self._open:
             return self._open[part.file]
         file = self.path / part.file
-        handle = open_regular(file)
+        opened = self._opens(file)
         try:
-            self._check(part, handle, file)
+            self._check(part, opened, file)
         except BaseException:
-            os.close(handle)
+            opened.close()
             raise
-        self._open[part.file] = handle
-        return handle
+        self._open[part.file] = opened
+        return opened
 
     def damages(self, part: Part) -> Iterator[CheckpointError]:
         """Everything in a part that is not as written: the header, or tensor after tensor."""
@@ -141,30 +144,25 @@ class Reader:
             except CheckpointError as error:
                 yield error
 
-    def _read_ahead(self, part: Part, handle: int, first: int, end: int) -> None:
+    def _read_ahead(self, part: Part, opened: Opened, first: int, end: int) -> None:
         """Where reading goes on where it ended, lets the system fetch what will follow while this is hashed."""
         ended, fetched = self._places.get(part.file, (part.header_bytes, 0))
-        if first == ended and end + _AHEAD_BYTES // 2 > fetched and hasattr(os, "posix_fadvise"):
-            start = max(first, fetched)
-            os.posix_fadvise(handle, start, end + _AHEAD_BYTES - start, os.POSIX_FADV_WILLNEED)
+        if first == ended and end + _AHEAD_BYTES // 2 > fetched:
+            opened.ahead(max(first, fetched), end + _AHEAD_BYTES)
             fetched = end + _AHEAD_BYTES
         self._places[part.file] = (end, fetched)
 
-    def _check(self, part: Part, handle: int, file: Path) -> None:
-        size = os.fstat(handle).st_size
-        if size != part.bytes:
-            raise CheckpointError(str(file), f"{size} bytes", f"the part has {part.bytes} bytes", OLDER)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    def _check(self, part: Part, opened: Opened, file: Path) -> None:
+        if opened.size != part.bytes:
+            raise CheckpointError(str(file), f"{opened.size} bytes", f"the part has {part.bytes} bytes", OLDER)
         if part.sha256 is not None:
-            with os.fdopen(os.dup(handle), "rb") as whole:
-                found = hashlib.file_digest(whole, "sha256").hexdigest()
+            found = _sha256_of(opened)
             if found != part.sha256:
                 raise CheckpointError(str(file), f"{found[:16]}...", f"SHA-256 {part.sha256[:16]}...", DAMAGED)
         where = f"{file}: header"
-        if hash_of(os.pread(handle, min(part.header_bytes, size), 0)) != part.header_hash:
-            raise CheckpointError(where, _what_it_is(handle, file, self.manifest), "it is what was written", DAMAGED)
-        told = read_header(handle, file).tensors
+        if hash_of(read_all(opened, 0, part.header_bytes)) != part.header_hash:
+            raise CheckpointError(where, _what_it_is(opened, file, self.manifest), "it is what was written", DAMAGED)
+        told = read_header(opened, file).tensors
         ours = {name: entry.model_dump(exclude={"hashes"}) for name, entry in part.tensors.items()}
         if told != ours:
             strange = sorted(name for name in told.keys() | ours.keys() if told.get(name) != ours.get(name))
@@ -208,11 +206,11 @@ class Reader:
 
     def _proven_chunk(self, part: Part, name: str, entry: Entry, number: int, into: memoryview | None) -> memoryview:
         """Reads one chunk, into a place of its own unless it is given another, and proves it."""
-        handle = self.part(part)
+        opened = self.part(part)
         first = entry.start + number * CHUNK_BYTES
         size = min(CHUNK_BYTES, entry.end - first)
         if self._pool is None:
-            self._read_ahead(part, handle, first, first + size)
+            self._read_ahead(part, opened, first, first + size)
         if into is None:
             if len(self._chunk) < size:
                 self._chunk = memoryview(bytearray(CHUNK_BYTES))
@@ -221,7 +219,7 @@ class Reader:
         done = 0
         while done < size:
             try:
-                got = os.preadv(handle, [into[done:]], first + done)
+                got = opened.read(into[done:], first + done)
             except OSError as error:
                 raise CheckpointError(where, error, "the part is readable", OLDER) from None
             if not got:
@@ -233,10 +231,17 @@ class Reader:
         return into
 
 
-def _what_it_is(handle: int, file: Path, manifest: Manifest) -> str:
+def _sha256_of(opened: Opened) -> str:
+    digest = hashlib.sha256()
+    for first in range(0, opened.size, CHUNK_BYTES):
+        digest.update(read_all(opened, first, CHUNK_BYTES))
+    return digest.hexdigest()
+
+
+def _what_it_is(opened: Opened, file: Path, manifest: Manifest) -> str:
     """A stale part is told from a damaged one by the save it names."""
     try:
-        save = read_header(handle, file).save
+        save = read_header(opened, file).save
     except CheckpointError:
         return "other bytes"
     return f"stale: of save {save[:64]!r}, not {manifest.save!r}" if save != manifest.save else "other bytes"

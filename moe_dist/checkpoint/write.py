@@ -118,7 +118,13 @@ class HostCopy:
         with ThreadPoolExecutor(1, "checkpoint-hashes") as beside:
             hashed = beside.submit(self._hash, memory)
             write_file(file, memory, self.num_bytes, self._filled.wait_for)
-            return part_entry(file, self.header, hashed.result())
+            return part_entry(file.name, file.stat().st_size, self.header, hashed.result())
+
+    def proven(self, name: str) -> tuple[dict[str, Any], memoryview]:
+        """The filled part as it would lie in a file of this name: its entry of the manifest, and its bytes."""
+        assert self._memory is not None, "a copy is begun and filled before it is given away"
+        memory = memoryview(self._memory.numpy())[: self.num_bytes]  # type: ignore[arg-type]
+        return part_entry(name, self.num_bytes, self.header, self._hash(memory)), memory
 
     def _hash(self, memory: memoryview) -> dict[str, Any]:
         tensors = {}
@@ -128,10 +134,10 @@ class HostCopy:
         return tensors
 
 
-def part_entry(file: Path, header: Header, tensors: dict[str, Any]) -> dict[str, Any]:
+def part_entry(name: str, size: int, header: Header, tensors: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of a part."""
     begin = {"header_bytes": len(header.content), "header_hash": hash_of(header.content)}
-    return {"file": file.name, "bytes": file.stat().st_size, **begin, "tensors": tensors}
+    return {"file": name, "bytes": size, **begin, "tensors": tensors}
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -184,7 +190,7 @@ def stream_file(file: Path, header: Header, tensors: Iterable[tuple[str, Tensor]
             hashed[name] = {**header.tensors[name], "hashes": hashes_of(content)}
         handle.flush()
         os.fsync(handle.fileno())
-    return part_entry(file, header, hashed)
+    return part_entry(file.name, file.stat().st_size, header, hashed)
 
 
 def _open_for_writing(file: Path) -> int:

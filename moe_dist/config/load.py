@@ -79,7 +79,7 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """
     tree = _read_with_base(Path(path))
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return tree
 
 
@@ -178,7 +178,12 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets a key of a plain tree, as `key.path=value` says it.
+
+    Raises:
+        ConfigError: It has another form.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
         raise ConfigError(override, override, "an override has the form key.path=value", "for example train.steps=20")

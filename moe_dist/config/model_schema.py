@@ -36,6 +36,11 @@ class MoEConfig(Section):
     )
     router_bias: bool = key(False, "The router's linear map has a learned bias (gpt-oss).")
     normalize_gates: bool = key(True, "Gate weights of a token's chosen experts sum to one (before `gate_scale`).")
+    constant_gate: bool = key(
+        False,
+        "With top_k=1 and normalize_gates: every gate weight is 1 and only balance terms teach the router, which is "
+        "meant (MiniMind-3).",
+    )
     gate_scale: float = key(1.0, "Factor on the gate weights.", gt=0)
     num_groups: int = key(1, "Groups of neighbouring experts, of which a token sees only the best.", "groups", ge=1)
     groups_per_token: int = key(1, "Groups that a token may choose its experts from.", "groups", ge=1)

@@ -136,7 +136,7 @@ def _router_rules(moe: MoEConfig) -> Iterator[ConfigError]:
             "model.moe.normalize_gates=true",
         )
     learns_by_gate = moe.router in ("softmax_topk", "sigmoid_topk", "switch", "noisy_topk")
-    if learns_by_gate and (moe.top_k == 1 or moe.router == "switch") and moe.normalize_gates:
+    if learns_by_gate and not moe.constant_gate and (moe.top_k == 1 or moe.router == "switch") and moe.normalize_gates:
         yield ConfigError(
             "model.moe.normalize_gates",
             True,

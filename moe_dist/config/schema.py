@@ -161,6 +161,14 @@ class CheckpointConfig(Section):
         "A save between others lets training go on once its state is copied to host memory, and is written beside it; "
         "the next save waits for it. Takes as much host memory as a rank's part, for the whole run.",
     )
+    memory_every_steps: int = key(
+        0,
+        "The newest state is also kept in host memory outside of the ranks, every so many steps, and lost ranks go on "
+        "from there: with 1 no step is lost. Takes three times a rank's part of host memory, on Ray five times. 0: it "
+        "is not.",
+        "steps",
+        ge=0,
+    )
 
 
 class WorkersConfig(Section):

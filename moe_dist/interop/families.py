@@ -20,6 +20,7 @@ from moe_dist.interop.names import Table
 from moe_dist.interop.parts import (
     Always,
     Biases,
+    ConstantGate,
     Dense,
     Fixed,
     Heads,
@@ -27,6 +28,7 @@ from moe_dist.interop.parts import (
     NoWindows,
     Pairing,
     Part,
+    Predictors,
     Rope,
     Row,
     SharedExperts,
@@ -119,6 +121,7 @@ QWEN3_MOE = Family(
         Row("moe_intermediate_size", "moe.expert_width"),
         Row("norm_topk_prob", "moe.normalize_gates", False),
         _TOP_K,
+        ConstantGate(),
         _SOFTMAX,
         Always({"attention.qk_norm": "head"}),
     ),
@@ -203,6 +206,7 @@ DEEPSEEK_V3 = Family(
     (
         *_LATENT,
         Pairing(),
+        Predictors(),
         Row("n_group", "moe.num_groups", 1),
         Row("topk_group", "moe.groups_per_token", 1),
         Row("norm_topk_prob", "moe.normalize_gates", True),

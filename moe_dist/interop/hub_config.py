@@ -122,13 +122,13 @@ def write_rope(model: ModelConfig) -> dict[str, Any]:
     if scaling.kind == "linear":
         found["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
     if scaling.kind == "yarn":
-        known = {
+        known: dict[str, Any] = {
             "factor": scaling.factor,
             "original_max_position_embeddings": scaling.original_tokens,
             "beta_fast": scaling.beta_fast,
             "beta_slow": scaling.beta_slow,
-            "truncate": scaling.whole_bounds,
         }
+        known |= {} if scaling.whole_bounds else {"truncate": False}
         weights = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
         found["rope_scaling"] = {"rope_type": "yarn", **known, **{k: v for k, v in weights.items() if v is not None}}
     return found

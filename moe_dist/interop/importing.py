@@ -6,8 +6,9 @@ The checkpoint has weights alone. A run that begins with it begins with zero mom
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,13 +68,23 @@ def our_tensors(config: ModelConfig) -> dict[str, OurTensor]:
     return found | {name: OurTensor(b.shape, b.dtype) for name, b in global_buffers(model).items()}
 
 
-def match(weights: Weights, config: ModelConfig, table: Table, family: str) -> dict[str, Source]:
+def match(
+    weights: Weights, config: ModelConfig, table: Table, family: str, dropped: Sequence[str] = ()
+) -> dict[str, Source]:
     """What each of our tensors is made of, after comparing every name and shape.
+
+    Args:
+        weights: To be read.
+        config: The model.
+        table: Our tensors by theirs.
+        family: Its name, for errors.
+        dropped: Patterns of names that are left out knowingly, as `model.layers.61.*`.
 
     Raises:
         ExchangeError: A tensor is missing, has another shape, or is left over.
     """
     names, used = set(weights.names()), set()
+    _check_size(config, len(names))
     sources: dict[str, Source] = {}
     for name, tensor in our_tensors(config).items():
         source = sources[name] = source_of(name, table, family)
@@ -87,8 +98,23 @@ def match(weights: Weights, config: ModelConfig, table: Table, family: str) -> d
             if found != wanted:
                 raise ExchangeError(key.name, f"shape {found}", f"config.json makes it {wanted}", _FIX)
             used.add(key.name)
-    _check_left_over(weights, names - used, config, sources)
+    left = {name for name in names - used if not any(fnmatchcase(name, pattern) for pattern in dropped)}
+    _check_left_over(weights, left, config, sources)
     return sources
+
+
+def _check_size(config: ModelConfig, tensors: int) -> None:
+    """That a model is not too large to be listed, before it is.
+
+    Raises:
+        ExchangeError: Its config has sizes that cannot be.
+    """
+    if config.num_layers > tensors:
+        rule = f"{tensors:,} tensors: a model has at least as many tensors as it has blocks"
+        raise ExchangeError("model.num_layers", config.num_layers, rule, _FIX)
+    if config.num_layers * config.moe.num_experts > 10**6:
+        rule = f"a model of {config.num_layers} blocks has at most a million experts in all"
+        raise ExchangeError("model.moe.num_experts", config.moe.num_experts, rule, _FIX)
 
 
 def _check_left_over(weights: Weights, left: set[str], config: ModelConfig, sources: Mapping[str, Source]) -> None:
@@ -104,7 +130,8 @@ def _check_left_over(weights: Weights, left: set[str], config: ModelConfig, sour
         embedding = sources["embedding.weight"].keys[0]
         if not tied or not torch.equal(weights.read(Key(name)), weights.read(embedding)):
             rule = "another tensor than the embedding it is tied to" if tied else "no tensor of this model"
-            raise ExchangeError(name[:200], rule, "nothing is left out: every tensor has its place", _FIX)
+            fix = f"--drop {name[:200]!r} where it may be lost (a pattern does for many)"
+            raise ExchangeError(name[:200], rule, "nothing is left out: every tensor has its place", fix)
 
 
 def write_checkpoint(

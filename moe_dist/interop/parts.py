@@ -172,6 +172,27 @@ def _kinds(layers: int, every: int) -> list[str]:
     return ["full_attention" if whole else "sliding_attention" for whole in full]
 
 
+class ConstantGate:
+    """Normalised gates of one expert a token are 1, which a model that comes like this means."""
+
+    def read(self, fields: Fields, ours: Tree) -> None:
+        moe = ours["moe"]
+        moe["constant_gate"] = moe["top_k"] == 1 and moe["normalize_gates"] is True
+
+    def write(self, model: ModelConfig, theirs: Tree) -> None:
+        pass
+
+
+class Predictors:
+    """Modules that predict further tokens are not carried: their weights are refused, and none are written."""
+
+    def read(self, fields: Fields, ours: Tree) -> None:
+        fields.left.pop("num_nextn_predict_layers", None)
+
+    def write(self, model: ModelConfig, theirs: Tree) -> None:
+        theirs["num_nextn_predict_layers"] = 0
+
+
 class SharedExperts:
     """So many shared experts of the width of a routed one, which are one expert of their joint width."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.header import Header, read_header
 from moe_dist.checkpoint.manifest import DTYPES, open_regular, parse_json
+from moe_dist.checkpoint.opened import OpenFile
 from moe_dist.checkpoint.write import bytes_of
 from moe_dist.errors import CheckpointError, ExchangeError
 from moe_dist.interop.names import Key
@@ -133,7 +134,7 @@ class Shards:
         path = self.folder / file
         handle = self._open[file] = _open(path)
         try:
-            header = read_header(handle, path)
+            header = read_header(OpenFile(handle), path)
         except CheckpointError as error:
             raise ExchangeError(error.where, error.value, error.rule, _COPY) from None
         status = os.fstat(handle)

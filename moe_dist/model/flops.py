@@ -34,13 +34,31 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Forward and backward operations of one token in a row of `sequence_length` tokens."""
+    return sum(flops_by_component(config, sequence_length).values())
+
+
+def flops_by_component(config: ModelConfig, sequence_length: int) -> dict[str, float]:
+    """Forward and backward operations of one token in a row of `sequence_length` tokens, by what they are for."""
     sparse = len(config.moe_blocks)
-    products = (
-        config.num_layers * _attention(config)[0] + (config.num_layers - sparse) * _dense(config, config.ffn_width)[0]
-    )
-    products += sparse * (_beside(config)[0] + config.moe.top_k * _expert(config)[0]) + config.vocab_size * config.width
     seen = sum(_mean_seen(window_of(config, number), sequence_length) for number in range(config.num_layers))
-    return 6.0 * products + 6.0 * config.num_heads * sum(_score_and_value_widths(config)) * seen
+    products = {
+        "attention projections": config.num_layers * _attention(config)[0],
+        "attention scores and values": config.num_heads * sum(_score_and_value_widths(config)) * seen,
+        "dense feed-forwards": (config.num_layers - sparse) * _dense(config, config.ffn_width)[0],
+        "routed experts": sparse * config.moe.top_k * _expert(config)[0],
+        "router and shared experts": sparse * _beside(config)[0],
+        "output": config.vocab_size * config.width,
+    }
+    return {name: 6.0 * count for name, count in products.items()}
+
+
+def cached_numbers_per_token(config: ModelConfig) -> tuple[int, int]:
+    """Numbers that a cache keeps of a token: in layers that see all tokens, and in those with a window."""
+    latent = config.attention.latent
+    grouped = 2 * config.num_kv_heads * config.head_width
+    each = latent.kv_rank + latent.rope_width if config.attention.kind == "latent" else grouped
+    near = sum(window_of(config, number) is not None for number in range(config.num_layers))
+    return each * (config.num_layers - near), each * near
 
 
 def _norm(config: ModelConfig) -> int:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,9 +39,15 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Process(Place):
-    """A rank that has joined its group; `device` is where its tensors live."""
+    """A rank that has joined its group.
+
+    Attributes:
+        device: Where its tensors live.
+        keeper: Where the launcher keeps states in memory (checkpoint/memory.py); None where it keeps none.
+    """
 
     device: torch.device
+    keeper: Any = None
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from torch import Tensor
 from moe_dist.checkpoint.agree import on_first_rank
 from moe_dist.checkpoint.load import load_training_state, restore_newest
 from moe_dist.checkpoint.manifest import Manifest
+from moe_dist.checkpoint.memory import Keeper, MemoryCopies
+from moe_dist.checkpoint.opened import Opened
 from moe_dist.checkpoint.save import Saved, Saver
 from moe_dist.config import parse_config
 from moe_dist.errors import CheckpointError
@@ -40,38 +42,56 @@ class Batches(Protocol):
 class Trainer:
     """A run on one rank: restore, train, evaluate, save. Every method is entered by all ranks.
 
+    Args:
+        trainee: What is trained.
+        batches: Its rows.
+        held_out: What it is scored on.
+        recorder: Its record.
+        keeper: Where the newest state is kept in memory (`checkpoint.memory_every_steps`).
+
     Attributes:
         step: Updates made so far.
     """
 
-    def __init__(self, trainee: Trainee, batches: Batches, held_out: HeldOut, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        trainee: Trainee,
+        batches: Batches,
+        held_out: HeldOut,
+        recorder: Recorder,
+        keeper: Keeper | None = None,
+    ) -> None:
         self.trainee, self.batches, self.held_out, self.recorder = trainee, batches, held_out, recorder
         self.config = trainee.config
         self.root = Path(self.config.run.dir) / "checkpoints"
         waits = self.config.launch.timeout_seconds
         self.saver = Saver(self.root, trainee.mesh, self.config.checkpoint, waits, recorder.fence)
+        self.memory = None if keeper is None else MemoryCopies(keeper, trainee.mesh, recorder.fence)
         self.step = 0
         self.skipped = SkippedSteps(trainee)
         self.alarms = Alarms(self.config)
 
     def restore(self) -> Path | None:
-        """Continues from the newest checkpoint that proves whole; returns its path, or None where there is none.
+        """Continues from the newest state that proves whole, in memory or on disk; returns its path, None without any.
 
         Raises:
             CheckpointError: There are checkpoints but none proves whole, or they are of another model or data.
         """
-        model, optimizer = self.trainee.model, self.trainee.optimizer
+        model, optimizer, told = self.trainee.model, self.trainee.optimizer, self.recorder.message
 
-        def fill(path: Path, manifest: Manifest) -> None:
-            load_training_state(path, manifest, model, optimizer)
+        def fill(path: Path, manifest: Manifest, opens: Callable[[Path], Opened]) -> None:
+            load_training_state(path, manifest, model, optimizer, opens)
 
-        found = restore_newest(self.root, self.trainee.mesh, self.recorder.message, self._accept, fill)
+        found = restore_newest(self.root, self.trainee.mesh, told, self._accept, fill, self.memory)
         if found is None:
             return None
-        path, manifest = found
-        self.step = manifest.step
-        self.skipped.restore(self.step, manifest.data)
-        return path
+        self.step = found.manifest.step
+        self.skipped.restore(self.step, found.manifest.data)
+        if self.memory is not None and found.key is not None:
+            self.memory.take(found.key)
+            self.recorder.resume(found.record)
+        self.recorder.event("restored", step=self.step, path=str(found.path))
+        return found.path
 
     def _accept(self, path: Path, manifest: Manifest) -> None:
         """That a checkpoint is of this model, at its place in this data."""
@@ -109,6 +129,9 @@ class Trainer:
             self.step += 1
             self.recorder.step(self.step, figures, time.perf_counter() - started, waited)
             self._watch(figures)
+            if self.memory is not None and self._is_due(self.config.checkpoint.memory_every_steps):
+                self._timed("save", self._give_to_memory)
+            self.recorder.tell()
             ends = figures.stop or self.step == steps
             check_weights(self.trainee, self.step, now=ends)
             self._hear_of_saves()
@@ -179,13 +202,25 @@ class Trainer:
         on_first_rank(self.recorder.flush, self.trainee.mesh).unwrap()
         self.saver.wait()
         self._hear_of_saves()
+        self.saver.start(self.trainee.model, self.trainee.optimizer, self._saved())
+
+    def _give_to_memory(self) -> None:
+        """The newest state, in memory that outlives this process; without it, training goes on and says so."""
+        assert self.memory is not None, "there is a keeper"
+        model, optimizer = self.trainee.model, self.trainee.optimizer
+        try:
+            self.memory.give(model, optimizer, self._saved(), self.recorder.rows_in_memory)
+        except CheckpointError as error:
+            self.recorder.message(f"step {self.step}: no state in memory, training goes on: {error}")
+
+    def _saved(self) -> Saved:
+        """What is stored beside the tensors at this moment."""
         config, seed = self.config, self.config.seed
         schedule = {"updates": self.step - self.skipped.total, "steps": config.train.steps}
         # Random numbers follow from the seed, the purpose, the step and the place; there is no generator to store.
         state = {"schedule": schedule, "random": {"seed": seed, "step": self.step}}
         data = self.skipped.noted_in(self.batches.state_dict())
-        saved = Saved(self.step, config.model_dump(mode="json"), data, state)
-        self.saver.start(self.trainee.model, self.trainee.optimizer, saved)
+        return Saved(self.step, config.model_dump(mode="json"), data, state)
 
     def _hear_of_saves(self) -> None:
         """Tells of a save that has ended in the background; only rank 0 hears, and no other need to."""

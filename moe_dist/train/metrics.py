@@ -34,6 +34,7 @@ from moe_dist.train import PROGRESS_FILE
 from moe_dist.train.step import StepFigures
 
 RECENT_STEPS = 20
+_MOST_ROWS_IN_MEMORY = 50  # all of them go into every copy of the state in memory
 _MOST_EXPERT_CURVES = 512
 _LOADS = ("demand", "served")
 _PLAIN_FIGURES = ("loss", "cross_entropy", "balance", "z", "grad_norm", "lr", "tokens")
@@ -89,6 +90,7 @@ class Recorder:
         self.evaluations: dict[int, dict[str, float]] = {}
         self.workers: list[dict[str, Any]] = []
         self._unwritten: list[dict[str, Any]] = []
+        self._untold: list[dict[str, Any]] = []
         self._board: SummaryWriter | None = None
 
     def open(self, first_step: int, steps: int, workers: list[dict[str, Any]]) -> None:
@@ -98,11 +100,21 @@ class Recorder:
         self.workers = workers
         (self.run_dir / "metrics").mkdir(parents=True, exist_ok=True)
         _cut_record(self.run_dir / "metrics", first_step)
+        self._take_up(first_step)
         self.rows = _read_rows(self.run_dir / "metrics", without=_LOADS)
         self.recent.extend(_read_rows(self.run_dir / "metrics", from_step=first_step - RECENT_STEPS + 1))
         self.evaluations = _read_evaluations(self.run_dir / PROGRESS_FILE, first_step)
         self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step + 1)
         self.event("start", first_step=first_step, steps=steps, ranks=len(workers), workers=workers)
+
+    def resume(self, rows: list[dict[str, Any]]) -> None:
+        """Rows that lay in memory with the state the run goes on from; `open` writes those that no part has."""
+        self._unwritten = rows
+
+    def _take_up(self, first_step: int) -> None:
+        there = max((last for _, last, _ in _parts(self.run_dir / "metrics")), default=0)
+        self._unwritten = [row for row in self._unwritten if there < row["step"] <= first_step]
+        self.flush()
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Appends one line to the progress file."""
@@ -119,7 +131,7 @@ class Recorder:
         self.event("spent", what=what, seconds=seconds)
 
     def step(self, step: int, figures: StepFigures, seconds: float, data_seconds: float = 0.0) -> None:
-        """Records step number `step` (from 1), some of whose seconds went into waiting for rows."""
+        """Records step number `step` (from 1), some of whose seconds went into waiting for rows; `tell` shows it."""
         if not self.writes:
             return
         row = step_row(step, figures, seconds) | {"data_seconds": data_seconds}
@@ -131,7 +143,19 @@ class Recorder:
         if self._board is not None:
             _draw(self._board, row)
         known = {name: [value for value in row[name] if value is not None] for name in _OVER_LAYERS}
-        self.event("step", **small | {name: over(known[name] or [0.0]) for name, over in _OVER_LAYERS.items()})
+        self._untold.append(small | {name: over(known[name] or [0.0]) for name, over in _OVER_LAYERS.items()})
+
+    def tell(self) -> None:
+        """Appends the steps recorded since to the progress file: what is told there is not lost by a lost rank."""
+        untold, self._untold = self._untold, []
+        for row in untold:
+            self.event("step", **row)
+
+    def rows_in_memory(self) -> list[dict[str, Any]]:
+        """Rows that no disk has, of not too many steps."""
+        if len(self._unwritten) >= _MOST_ROWS_IN_MEMORY:
+            self.flush()
+        return list(self._unwritten)
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Records a held-out evaluation after `step` updates."""
@@ -153,6 +177,7 @@ class Recorder:
     def close(self) -> None:
         """Writes what is left, if it is still wanted."""
         with contextlib.suppress(TrainingFault):
+            self.tell()
             self.flush()
         if self._board is not None:
             self._board.close()

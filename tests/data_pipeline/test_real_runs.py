@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ def write_corpus(folder: Path, seed: int, sources: int) -> dict[str, dict[str, s
 def asked(draw: st.DrawFn) -> dict[str, Any]:
     """A corpus and a run of it: how often each source is read in each of up to three stages, None for no mixture."""
     sources = draw(st.integers(1, 3))
-    times = st.lists(st.integers(0, 3), min_size=sources, max_size=sources).filter(any)
+    times = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.3, 2.0]), min_size=sources, max_size=sources).filter(any)
     return {
         "corpus": draw(st.integers(0, 2**32)),
         "sources": sources,
@@ -126,12 +127,19 @@ def test_text_of_all_batches_is_the_same_for_any_ranks_and_each_row_comes_as_oft
         except DataError:  # chance held all of a source out, or nothing
             reject()
         shutil.rmtree(folder / "a")  # the build alone is read from here on
-        times = [sum(stage) for stage in zip(*run["stages"], strict=True)] if run["stages"] else [2] * len(rows)
-        wanted = Counter({row: 0 for found in rows.values() for row in found})
-        for found, number in zip(rows.values(), times, strict=True):
-            for row in found:
-                wanted[row] += number
-        total = wanted.total()
+        for name, split in _sources(config, built):
+            targets = np.concatenate([np.frombuffer(row, dtype=np.int64)[1:] for row in rows[name]])
+            least = split.num_tokens if run["packing"] == "best_fit" else split.num_tokens - run["length"]
+            assert least <= (targets >= 0).sum() <= split.num_tokens
+        asked_for = (
+            [dict.fromkeys(rows, 2)] if run["stages"] is None else [stage.epochs for stage in config.data.mixture]
+        )
+        taken = {
+            name: sum(int(Fraction(str(s.get(name, 0))) * len(found)) for s in asked_for)
+            for name, found in rows.items()
+        }
+        total = sum(taken.values())
+        assume(total)
         batch = min(run["batch"], total)
         steps, train = total // batch, config.train.model_copy(update={"global_batch_sequences": batch})
         config = config.model_copy(update={"train": train})
@@ -140,10 +148,20 @@ def test_text_of_all_batches_is_the_same_for_any_ranks_and_each_row_comes_as_oft
         alone.close()
         for one, other in zip(whole, global_batches(config, built, steps, random.Random(changes)), strict=True):
             assert np.array_equal(one, other)
-        seen = Counter(map(bytes, np.concatenate(whole)))
-        # A last batch that would not be full is not made, so as many rows as are missing there may be missing here.
-        assert not seen - wanted
-        assert (wanted - seen).total() == total - steps * batch == total % batch
+        # A last batch that would not be full is not made: as many rows as it would have may be missing.
+        check_counts(Counter(map(bytes, np.concatenate(whole))), rows, taken, missing=total % batch)
+
+
+def check_counts(seen: Counter[bytes], rows: dict[str, list[bytes]], taken: dict[str, int], missing: int) -> None:
+    """No row of a source comes twice more often than any other, and all together come as often as they were taken."""
+    least, most = Counter[bytes](), Counter[bytes]()
+    for name, found in rows.items():
+        for row in found:
+            least[row] += taken[name] // len(found)
+            most[row] += -(-taken[name] // len(found))
+    assert not seen - most
+    assert (least - seen).total() <= missing
+    assert seen.total() == sum(taken.values()) - missing
 
 
 def _sources(config: Config, built: Path) -> Any:

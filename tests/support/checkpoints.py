@@ -8,6 +8,7 @@ from pathlib import Path
 from moe_dist.checkpoint import pieces, store
 from moe_dist.checkpoint.load import load_training_state, restore_newest
 from moe_dist.checkpoint.manifest import Manifest, read_manifest
+from moe_dist.checkpoint.opened import Opened
 from moe_dist.checkpoint.save import Saved, save_checkpoint
 from moe_dist.train.step import Trainee
 from tests.support.models import small_config
@@ -18,11 +19,11 @@ from tests.support.parallel_step import parallel_trainee
 def restored(root: Path, trainee: Trainee, report: Callable[[str], None] = print) -> Manifest | None:
     """Fills a rank's trainee from the newest checkpoint that proves whole; entered by all ranks."""
 
-    def fill(path: Path, manifest: Manifest) -> None:
-        load_training_state(path, manifest, trainee.model, trainee.optimizer)
+    def fill(path: Path, manifest: Manifest, opens: Callable[[Path], Opened]) -> None:
+        load_training_state(path, manifest, trainee.model, trainee.optimizer, opens)
 
     found = restore_newest(root, trainee.mesh, report, lambda path, manifest: None, fill)
-    return found and found[1]
+    return found and found.manifest
 
 
 def newest(root: Path) -> tuple[Path, Manifest]:

@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from moe_dist.config import Config, parse_config
+from moe_dist.interop.importing import match, write_checkpoint
+from moe_dist.interop.origin import open_hub
 from tests.support.double import Double
-from tests.support.models import VOCAB
+from tests.support.models import LENGTH, VOCAB
 
 _BASE = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED = {**_BASE, "num_key_value_heads": 2, "head_dim": 6}
@@ -35,7 +39,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
     },
-    "olmoe": {**_BASE, **_ROUTED, "num_key_value_heads": 2, "num_experts": 8},
+    # With a padding id their embedding keeps the gradient of that row at zero.
+    "olmoe": {**_BASE, **_ROUTED, "num_key_value_heads": 2, "num_experts": 8, "pad_token_id": None},
     "gpt_oss": {
         **_GROUPED,
         **_ROUTED,
@@ -43,7 +48,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "rope_parameters": {**_YARN, "truncate": False},
     },
-    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "n_shared_experts": 2, "routed_scaling_factor": 1.5},
+    "deepseek_v2": {
+        **_LATENT,
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+    },
     "deepseek_v3": {
         **_LATENT,
         "q_lora_rank": 14,
@@ -56,9 +68,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SPARSE = [name for name in CONFIGS if name not in ("llama", "qwen3")]
 
 
-def save_hub(
-    family: str, folder: Path, dtype: torch.dtype = torch.float64, **more: Any
-) -> transformers.PreTrainedModel:
+def save_hub(family: str, folder: Path, dtype: torch.dtype = torch.float64, **more: Any) -> PreTrainedModel:
     """A random model, saved as `transformers` saves it; biases, sinks and norms are random too."""
     config = transformers.AutoConfig.for_model(family, **CONFIGS[family])
     config._attn_implementation = "eager"
@@ -73,17 +83,21 @@ def save_hub(
             value.data = 1 + 0.1 * noise.double() if name.endswith("norm.weight") else 0.3 * noise.double()
             value.data = value.data.to(torch.bfloat16).double()
     model.tie_weights()
-    model.to(dtype).save_pretrained(folder, **more)
+    model.to(dtype)
+    for name, value in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            value.data = value.data.to(torch.promote_types(dtype, torch.float32))  # as on the hub
+    model.save_pretrained(folder, **more)
     return model.eval()
 
 
-def hub_logits(model: transformers.PreTrainedModel, tokens: Tensor) -> Tensor:
+def hub_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Logits of an fp64 model."""
     with Double(), torch.no_grad():
         return model(tokens, use_cache=False).logits
 
 
-def hub_steps(model: transformers.PreTrainedModel, batches: list[Tensor], lr: float) -> list[float]:
+def hub_steps(model: PreTrainedModel, batches: list[Tensor], lr: float) -> list[float]:
     """Losses of steps of plain SGD on rows of tokens; balance terms are off."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=lr), []
     for rows in batches:
@@ -95,3 +109,22 @@ def hub_steps(model: transformers.PreTrainedModel, batches: list[Tensor], lr: fl
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def bring_in(hub: Path, root: Path, precision: str = "fp64", **model: Any) -> tuple[Config, Path]:
+    """Imports a directory; returns the config and the checkpoint. `model` replaces keys of the model section's moe."""
+    with open_hub(hub) as origin:
+        section = {**origin.model, "moe": {**origin.model.get("moe", {}), **model}}
+        train = {"precision": precision, "global_batch_sequences": 6, "steps": 10, "clip_norm": None}
+        optimizer = {"lr": 0.1, "warmup_steps": 0, "min_lr_fraction": 1.0}
+        data = {"sequence_length_tokens": LENGTH}
+        config = parse_config({"model": section, "train": train, "optimizer": optimizer, "data": data})
+        sources = match(origin.weights, config.model, origin.table, origin.name)
+        return config, write_checkpoint(root, config, origin.weights, sources, origin.name, parts=2)[0]
+
+
+def ours_of(hub: Path, config: Config) -> dict[str, Tensor]:
+    """Our tensors, made of a directory's, by global name."""
+    with open_hub(hub) as origin:
+        sources = match(origin.weights, config.model, origin.table, origin.name)
+        return {name: s.form.ours([origin.weights.read(k) for k in s.keys]).clone() for name, s in sources.items()}
