@@ -53,8 +53,8 @@ def restore_newest(
         CheckpointError: On every rank alike: it is not of this run, or there are checkpoints and none proves whole:
             nothing may then begin anew in silence.
     """
-    damage: tuple[str, str, str, str] | None = None
-    for source in _sources(root, mesh, report, elsewhere):
+    sources, damage = _sources(root, mesh, report, elsewhere)
+    for source in sources:
         opened = attempt(source.manifest, mesh.rank)
         problem = _first_problem(on_every_rank(lambda: bool(opened.unwrap()), mesh))  # noqa: B023 - called at once
         if problem is None:
@@ -72,16 +72,20 @@ def restore_newest(
     return None
 
 
-def _sources(root: Path, mesh: Mesh, report: Report, elsewhere: Sequence[Elsewhere]) -> list[Source]:
-    """All states that may be whole, newest first, as rank 0 sees them."""
+def _sources(
+    root: Path, mesh: Mesh, report: Report, elsewhere: Sequence[Elsewhere]
+) -> tuple[list[Source], tuple[str, str, str, str] | None]:
+    """All states that may be whole, newest first, as rank 0 sees them; and why a lasting place's are not known."""
+    unknown = None
     names = on_first_rank(lambda: [path.name for path in store.committed(root)], mesh).unwrap()
     found = [_on_disk(root / name) for name in names]
     for place in elsewhere:
         told = on_first_rank(place.find, mesh)
         if told.problem is not None:
             report(f"what is in {place.name} is not known: {told.error()}")
+            unknown = unknown or ((place.name, *told.problem[1:]) if place.lasting else None)
         found += [place.source(value) for value in told.value or []]
-    return sorted(found, key=lambda source: (-source.step, source.distance))
+    return sorted(found, key=lambda source: (-source.step, source.distance)), unknown
 
 
 def _on_disk(path: Path) -> Source:

@@ -123,7 +123,7 @@ class MemoryCopies:
 
     def __init__(self, keeper: Keeper, mesh: Mesh, fence: Fence) -> None:
         self.keeper, self.mesh, self.fence = keeper, mesh, fence
-        self.name = "memory"
+        self.name, self.lasting = "memory", False
         self._copy = HostCopy()
         self._whole: Key | None = None
 

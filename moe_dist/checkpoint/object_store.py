@@ -37,6 +37,7 @@ class ObjectStore:
 
     def __init__(self, url: str) -> None:
         self.url = self.name = url.rstrip("/")
+        self.lasting = True
 
     @cached_property
     def _files(self) -> fs.FileSystem:

@@ -37,9 +37,15 @@ class Source:
 
 
 class Elsewhere(Protocol):
-    """A place of states besides the run's directory."""
+    """A place of states besides the run's directory.
+
+    Attributes:
+        name: For messages.
+        lasting: Whether its states outlive the run's processes: then a run may not begin anew while it is not known.
+    """
 
     name: str
+    lasting: bool
 
     def find(self) -> Sequence[Any]:
         """On one rank: what is there, as values that all ranks are then told."""

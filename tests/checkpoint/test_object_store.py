@@ -100,7 +100,7 @@ def test_manifest_commits_what_a_kill_leaves_is_swept_and_damage_is_named(object
         objects.manifest(7)
 
 
-def test_run_whose_disk_is_gone_goes_on_from_the_store(objects, server, tmp_path):
+def test_run_whose_disk_is_gone_goes_on_from_the_store(objects, tmp_path, monkeypatch):
     settings = {"every_steps": 2, "keep": 2, "keep_every_steps": 4, "store": URL}
 
     def config(steps: int, url: str):
@@ -124,6 +124,11 @@ def test_run_whose_disk_is_gone_goes_on_from_the_store(objects, server, tmp_path
         assert run_to_the_end(elsewhere)["status"] == "finished"
         elsewhere.close()
         elsewhere.recorder.close()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing answers: nothing begins anew in silence
+        assert open_trainer(config(4, URL), 1).step == 4
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        with pytest.raises(CheckpointError, match=URL):
+            open_trainer(config(4, URL), 1)
     events = [json.loads(line) for line in (tmp_path / "run" / "progress.jsonl").read_text().splitlines()]
     told = [event["text"] for event in events if event["event"] == "message"]
     assert any("step 2: not copied to s3://nowhere-at-all/run, training goes on" in text for text in told), told

@@ -72,7 +72,7 @@ KEPT = {
     "norms of the whole, biases, sinks, windows, yarn": [(32, 4), (32, 18), (32, 4)],
     "norms of heads, interleaved pairs, a larger base, windows everywhere": [(32, 5)] * 3,
     "latent, compressed queries, temperatures": [(16, 18)] * 3,
-    "latent, plain queries, sinks, windows": [(16, 4), (16, 18), (16, 4)],
+    "latent, plain queries, sinks, windows, divided positions": [(16, 4), (16, 18), (16, 4)],
 }
 
 
