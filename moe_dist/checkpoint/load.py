@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moe_dist.checkpoint import pieces, store
 from moe_dist.checkpoint.agree import Outcome, attempt, on_every_rank, on_first_rank
 from moe_dist.checkpoint.manifest import OLDER, Manifest, read_manifest
-from moe_dist.checkpoint.memory import InMemory, Key, MemoryCopies
-from moe_dist.checkpoint.opened import Opened, open_file
+from moe_dist.checkpoint.opened import open_file
 from moe_dist.checkpoint.read import Reader, parameters_in
+from moe_dist.checkpoint.source import Elsewhere, Opens, Source
 from moe_dist.config import Config, ModelConfig, parse_config
 from moe_dist.errors import CheckpointError
 from moe_dist.model.flops import count_parameters
@@ -24,24 +22,7 @@ from moe_dist.parallel.fsdp import local, rows_here
 from moe_dist.parallel.mesh import Mesh
 
 Report = Callable[[str], None]
-Fill = Callable[[Path, Manifest, Callable[[Path], Opened]], None]
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a rank was filled from.
-
-    Attributes:
-        path: The checkpoint, or `memory/step-...`.
-        manifest: Its manifest.
-        key: The state in memory that it was; None for a checkpoint on a disk.
-        record: Rows of the record that were in memory with it.
-    """
-
-    path: Path
-    manifest: Manifest
-    key: Key | None = None
-    record: list[Any] = field(default_factory=list)
+Fill = Callable[[Path, Manifest, Opens], None]
 
 
 def restore_newest(
@@ -50,12 +31,12 @@ def restore_newest(
     report: Report,
     accept: Callable[[Path, Manifest], None],
     fill: Fill,
-    memory: MemoryCopies | None = None,
-) -> Restored | None:
+    elsewhere: Sequence[Elsewhere] = (),
+) -> tuple[Source, Manifest] | None:
     """Fills this rank from the newest state that proves whole on all ranks; entered by all ranks.
 
-    What turns out to be damaged while it is read is reported, and the state before is read over it. Of one in memory
-    and one on the disk after the same step, that in memory is taken.
+    What turns out to be damaged while it is read is reported, and the state before is read over it. Of several after
+    the same step, the nearest is taken.
 
     Args:
         root: Where checkpoints lie.
@@ -63,47 +44,52 @@ def restore_newest(
         report: Told of those that are left out.
         accept: Raises where a checkpoint is whole but not of this run; nothing older is tried then.
         fill: Reads it, as `load_training_state` does.
-        memory: States in memory.
+        elsewhere: Other places of states.
 
     Returns:
-        What it was; None where there is no checkpoint at all.
+        What it was, with its manifest; None where there is no checkpoint at all.
 
     Raises:
         CheckpointError: On every rank alike: it is not of this run, or there are checkpoints and none proves whole:
             nothing may then begin anew in silence.
     """
-    damage: tuple[str, str, str, str] | None = None
-    for path, in_memory in _candidates(root, mesh, report, memory):
-        opened = attempt(lambda: in_memory.checked() if in_memory else read_manifest(path), mesh.rank)  # noqa: B023 - called at once, as those below
-        problem = _first_problem(on_every_rank(lambda: bool(opened.unwrap()), mesh))  # noqa: B023
+    sources, damage = _sources(root, mesh, report, elsewhere)
+    for source in sources:
+        opened = attempt(source.manifest, mesh.rank)
+        problem = _first_problem(on_every_rank(lambda: bool(opened.unwrap()), mesh))  # noqa: B023 - called at once
         if problem is None:
             manifest: Manifest = opened.unwrap()
-            refused = _first_problem(on_every_rank(lambda: accept(path, manifest), mesh))  # noqa: B023
+            refused = _first_problem(on_every_rank(lambda: accept(source.path, manifest), mesh))  # noqa: B023
             if refused is not None:
                 raise CheckpointError(*refused)
-            opens = (lambda: memory.opener(in_memory.key)) if memory and in_memory else (lambda: open_file)  # noqa: B023
-            problem = _first_problem(on_every_rank(lambda: fill(path, manifest, opens()), mesh))  # noqa: B023
+            problem = _first_problem(on_every_rank(lambda: fill(source.path, manifest, source.opens()), mesh))  # noqa: B023
             if problem is None:
-                return Restored(path, manifest, *((in_memory.key, in_memory.record) if in_memory else ()))
-        report(_left_out(path, *problem[:3]))
-        damage = damage or (None if in_memory else problem)
+                return source, manifest
+        report(_left_out(source.path, *problem[:3]))
+        damage = damage or (problem if source.key is None else None)
     if damage is not None:
         raise _none_is_whole(root, *damage[:2])
     return None
 
 
-def _candidates(
-    root: Path, mesh: Mesh, report: Report, memory: MemoryCopies | None
-) -> list[tuple[Path, InMemory | None]]:
-    """All states that may be whole, newest first, as rank 0 sees them."""
+def _sources(
+    root: Path, mesh: Mesh, report: Report, elsewhere: Sequence[Elsewhere]
+) -> tuple[list[Source], tuple[str, str, str, str] | None]:
+    """All states that may be whole, newest first, as rank 0 sees them; and why a lasting place's are not known."""
+    unknown = None
     names = on_first_rank(lambda: [path.name for path in store.committed(root)], mesh).unwrap()
-    found: list[tuple[Path, InMemory | None]] = [(root / name, None) for name in names]
-    if memory is not None:
-        states = on_first_rank(memory.whole_states, mesh)
-        if states.problem is not None:
-            report(f"no state in memory: {states.error()}")
-        found += [(state.path, state) for state in states.value or []]
-    return sorted(found, key=lambda pair: (-store.step_of(pair[0]), pair[1] is None))
+    found = [_on_disk(root / name) for name in names]
+    for place in elsewhere:
+        told = on_first_rank(place.find, mesh)
+        if told.problem is not None:
+            report(f"what is in {place.name} is not known: {told.error()}")
+            unknown = unknown or ((place.name, *told.problem[1:]) if place.lasting else None)
+        found += [place.source(value) for value in told.value or []]
+    return sorted(found, key=lambda source: (-source.step, source.distance)), unknown
+
+
+def _on_disk(path: Path) -> Source:
+    return Source(path, store.step_of(path), 1, lambda: read_manifest(path), lambda: open_file)
 
 
 def load_newest_model(root: Path, device: torch.device, report: Report) -> tuple[Transformer, Manifest]:
@@ -130,7 +116,7 @@ def load_training_state(
     manifest: Manifest,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    opens: Callable[[Path], Opened] = open_file,
+    opens: Opens = open_file,
 ) -> None:
     """Fills the weights, moments and buffers held here, whatever layout wrote them; reads no more than these.
 

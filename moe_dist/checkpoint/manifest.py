@@ -198,10 +198,24 @@ def read_manifest(path: Path) -> Manifest:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise CheckpointError(where, "longer", f"a manifest has at most {_MOST_BYTES:,} bytes", OLDER)
+    return proven_manifest(content, where, path)
+
+
+def proven_manifest(content: bytes, where: str, path: Path | None = None) -> Manifest:
+    """A manifest from the bytes of its file.
+
+    Args:
+        content: The bytes.
+        where: The file's name, for messages.
+        path: The checkpoint's folder, which one of format 1 needs.
+
+    Raises:
+        CheckpointError: They are not what was written, of another format, or say what cannot be.
+    """
     tail = _TAIL.search(content)
     tree = parse_json(content, where)
     found = tree.get("format")
-    if found == 1:
+    if found == 1 and path is not None:
         from moe_dist.checkpoint.format_one import upgraded
 
         tree = upgraded(path, tree)

@@ -10,6 +10,7 @@ A keeper is whatever the launcher has: memory of the launcher itself on one mach
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -22,9 +23,10 @@ import torch
 
 from moe_dist.checkpoint import pieces, store
 from moe_dist.checkpoint.agree import on_every_rank
-from moe_dist.checkpoint.manifest import FORMAT, OLDER, Manifest, checked, hash_of
+from moe_dist.checkpoint.manifest import FORMAT, OLDER, checked, hash_of
 from moe_dist.checkpoint.opened import Opened, OpenFile
 from moe_dist.checkpoint.save import Saved
+from moe_dist.checkpoint.source import Opens, Source
 from moe_dist.checkpoint.write import HostCopy
 from moe_dist.errors import CheckpointError
 from moe_dist.model.transformer import Transformer
@@ -96,19 +98,6 @@ class InMemory:
     tree: dict[str, Any]
     record: list[Any]
 
-    @property
-    def path(self) -> Path:
-        """For messages."""
-        return FOLDER / store.step_name(self.key.step)
-
-    def checked(self) -> Manifest:
-        """Its manifest.
-
-        Raises:
-            CheckpointError: Something in it cannot be.
-        """
-        return checked(self.tree, str(self.path))
-
 
 class Keeper(Protocol):
     """Holds parts; what it does may raise, and then counts as not done."""
@@ -134,6 +123,7 @@ class MemoryCopies:
 
     def __init__(self, keeper: Keeper, mesh: Mesh, fence: Fence) -> None:
         self.keeper, self.mesh, self.fence = keeper, mesh, fence
+        self.name, self.lasting = "memory", False
         self._copy = HostCopy()
         self._whole: Key | None = None
 
@@ -167,8 +157,8 @@ class MemoryCopies:
             outcome.unwrap()
         self._whole = key
 
-    def whole_states(self) -> list[InMemory]:
-        """On one rank: the states whose parts are all there."""
+    def find(self) -> list[InMemory]:
+        """The states whose parts are all there."""
         by_key: dict[Key, dict[int, Kept]] = {}
         for kept in self.keeper.find():
             by_key.setdefault(kept.key, {}).setdefault(kept.rank, kept)
@@ -186,8 +176,13 @@ class MemoryCopies:
         """This rank goes on from a state: it is kept until the next one is whole."""
         self._whole = key
 
-    def opener(self, key: Key) -> Callable[[Path], Opened]:
-        """What opens the parts of a state by their file names, as a reader does."""
+    def source(self, found: InMemory) -> Source:
+        """One of them."""
+        path = FOLDER / store.step_name(found.key.step)
+        opens = functools.partial(self._opener, found.key)
+        return Source(path, found.key.step, 0, lambda: checked(found.tree, str(path)), opens, found.key, found.record)
+
+    def _opener(self, key: Key) -> Opens:
         parts: dict[str, Kept] = {}
         for kept in self.keeper.find():
             if kept.key == key:

@@ -23,7 +23,8 @@ import torch
 
 from moe_dist.checkpoint import pieces, store
 from moe_dist.checkpoint.agree import Outcome, attempt, on_first_rank
-from moe_dist.checkpoint.manifest import FORMAT, OLDER, checked
+from moe_dist.checkpoint.manifest import FORMAT, OLDER, checked, read_manifest
+from moe_dist.checkpoint.object_store import ObjectStore
 from moe_dist.checkpoint.write import HostCopy
 from moe_dist.config.schema import CheckpointConfig
 from moe_dist.errors import CheckpointError
@@ -74,6 +75,7 @@ class Saver:
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
+        self._stored = Outcome()
         self._decided = threading.Event()
         self._heard = True
         self._needed: dict[str, torch.Size] = {}
@@ -124,6 +126,11 @@ class Saver:
         self._heard = True
         return self._outcome
 
+    def store_news(self) -> Outcome | None:
+        """On rank 0 what went wrong in copying to the store, once; None where nothing did."""
+        stored, self._stored = self._stored, Outcome()
+        return stored if stored.problem is not None else None
+
     def wait(self) -> None:
         """Waits until this rank's part is written and, on rank 0, it is published and older ones are pruned."""
         if self._thread is not None:
@@ -149,6 +156,16 @@ class Saver:
         self._decided.set()
         if outcome.problem is None:  # only the next save waits for this; what a kill leaves of it is swept
             attempt(lambda: self._prune(Path(outcome.value)), 0)
+            self._stored = attempt(lambda: self._copy_to_store(Path(outcome.value)), 0)
+
+    def _copy_to_store(self, published: Path) -> None:
+        """To `checkpoint.store`, by rank 0, which sees all parts."""
+        if self.settings.store is None:
+            return
+        self.fence.check()
+        objects, manifest = ObjectStore(self.settings.store), read_manifest(published)
+        objects.publish(published, manifest)
+        objects.prune(manifest, self.settings.keep, self.settings.keep_every_steps)
 
     def _written(self, draft: Draft) -> dict[str, Any]:
         self.fence.check()

@@ -161,6 +161,13 @@ class CheckpointConfig(Section):
         "A save between others lets training go on once its state is copied to host memory, and is written beside it; "
         "the next save waits for it. Takes as much host memory as a rank's part, for the whole run.",
     )
+    store: str | None = key(
+        None,
+        "An object store, such as s3://bucket/runs/demo, to which checkpoints are copied once they are on the disk; a "
+        "run whose disk has none goes on from there. Keys and the store's address come from the environment.",
+        "URL",
+        pattern=r"^[a-z][a-z0-9+.-]*://[^@]+$",
+    )
     memory_every_steps: int = key(
         0,
         "The newest state is also kept in host memory outside of the ranks, every so many steps, and lost ranks go on "

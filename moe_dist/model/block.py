@@ -23,7 +23,7 @@ class Block(nn.Module):
         self.attention = (LatentAttention if config.attention.kind == "latent" else Attention)(config, number)
         self.feed_forward_norm = norm_of(config)
         sparse = config.has_experts(number)
-        self.feed_forward = _moe_layer(config, number) if sparse else FeedForward(config, config.ffn_width)
+        self.feed_forward = _moe_layer(config, number) if sparse else FeedForward(config, config.ffn_width, number)
 
     def forward(
         self,
@@ -34,9 +34,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, MoERecord | None]:
         x_BSD, normed_BSD = self.attend(x_BSD, places)
         if isinstance(self.feed_forward, MoELayer):
-            out_BSD, record = self.feed_forward(normed_BSD, counted_BS, context)
+            out_BSD, record = self.feed_forward(normed_BSD, counted_BS, context, places)
             return x_BSD + out_BSD, record
-        return x_BSD + self.feed_forward(normed_BSD), None
+        return x_BSD + self.feed_forward(normed_BSD, places), None
 
     def attend(self, x_BSD: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """All that comes before the feed-forward: the residual stream after attention, and its norm."""
@@ -46,5 +46,5 @@ class Block(nn.Module):
 
 def _moe_layer(config: ModelConfig, number: int) -> MoELayer:
     moe = config.moe
-    shared = FeedForward(config, moe.shared_expert_width) if moe.shared_expert_width else None
+    shared = FeedForward(config, moe.shared_expert_width, number) if moe.shared_expert_width else None
     return MoELayer(config.width, moe, shared, number)

@@ -1,10 +1,12 @@
-"""The dense feed-forward; also the shared expert. Shape letters: D model width, F inner width."""
+"""The dense feed-forward; also the shared expert. Shape letters: B, S tokens, D model width, F inner width."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
+from moe_dist.model.mix import Adapter, CausalMix
+from moe_dist.model.places import Places
 from moe_dist.moe.activation import activation_of
 
 
@@ -17,15 +19,22 @@ class FeedForward(nn.Module):
         gate_up: [2F, D], the first F rows are the gate; None where the activation is not gated.
         up: [F, D] in its place.
         down: [D, F].
+        mix: What it sees of the tokens before; None where it sees none.
     """
 
-    def __init__(self, config: ModelConfig, inner: int) -> None:
+    def __init__(self, config: ModelConfig, inner: int, number: int = 0) -> None:
         super().__init__()
         self.activation, bias = activation_of(config.ffn_activation), config.ffn_bias
         gated = self.activation.parts == 2
         self.gate_up = nn.Linear(config.width, 2 * inner, bias=bias) if gated else None
         self.up = None if gated else nn.Linear(config.width, inner, bias=bias)
         self.down = nn.Linear(inner, config.width, bias=bias)
+        self.mix: CausalMix | Adapter | None = None
+        name = f"{number}.mix"
+        if config.mix.kind == "conv":
+            self.mix = CausalMix(self.activation.parts * inner, config.mix.kernel_tokens, name)
+        elif config.mix.kind == "adapter":
+            self.mix = Adapter(config, name)
 
     @property
     def first(self) -> tuple[str, nn.Linear]:
@@ -34,6 +43,15 @@ class FeedForward(nn.Module):
         linear: nn.Linear = getattr(self, name)
         return name, linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first[1](x)
+    def forward(self, x_BSD: Tensor, places: Places | None = None) -> Tensor:
+        """`places` is read where there is a mix; without one, tokens may come in any shape."""
+        hidden = self.first[1](x_BSD)
+        if self.mix is None:
+            return self._second(hidden)
+        assert places is not None, "a mix is told where tokens stand"
+        if isinstance(self.mix, CausalMix):
+            return self._second(self.mix(hidden, places))
+        return self._second(hidden) + self.mix(x_BSD, places)
+
+    def _second(self, hidden: Tensor) -> Tensor:
         return self.down(self.activation.forward(*hidden.chunk(self.activation.parts, dim=-1))[0])

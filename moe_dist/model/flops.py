@@ -75,7 +75,15 @@ def _dense(config: ModelConfig, inner: int) -> tuple[int, int]:
     if not inner:
         return 0, 0
     parts = activation_of(config.ffn_activation).parts
-    return (parts + 1) * config.width * inner, (parts * inner + config.width if config.ffn_bias else 0)
+    matrices = (parts + 1) * config.width * inner + _mix(config, parts * inner)
+    return matrices, (parts * inner + config.width if config.ffn_bias else 0)
+
+
+def _mix(config: ModelConfig, channels: int) -> int:
+    """Parameters of what a feed-forward sees of the tokens before; each multiplies once a token, as in a matrix."""
+    asked = config.mix
+    sizes = {"none": 0, "conv": channels * asked.kernel_tokens}
+    return sizes.get(asked.kind, asked.rank * (2 * config.width + asked.kernel_tokens))
 
 
 def _expert(config: ModelConfig) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 | parameter | initial value |
 |---|---|
 | norms | 1 |
+| what a feed-forward sees of the tokens before: `mix.weight`, `mix.conv.weight`, `mix.wide.weight` | 0 |
+| `mix.narrow` of an adapter | normal, `init_std` |
 | biases of norms, attention, feed-forwards and experts; sinks | 0 |
 | router's selection bias | 0 |
 | embedding, positions, router (its bias and noise too), query, key, value, gate_up, up, output | normal, `init_std` |
@@ -64,6 +66,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     if path.endswith("norm.weight"):
         return torch.ones(shape)
     if path.endswith((".bias", "_bias", ".sinks")) and ".router." not in path:
+        return torch.zeros(shape)
+    if path.endswith((".mix.weight", ".mix.conv.weight", ".mix.wide.weight")):
         return torch.zeros(shape)
     writes_residual = path.endswith(("attention.output.weight", ".down.weight", "experts.down", "latent_out.weight"))
     std = config.init_std / math.sqrt(2 * config.num_layers) if writes_residual else config.init_std

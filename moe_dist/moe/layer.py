@@ -122,7 +122,11 @@ class MoELayer(nn.Module):
         self.tokens: TokenShare = AllTokens()
 
     def forward(
-        self, x_BSD: Tensor, counted_BS: Tensor | None = None, context: RoutingContext | None = None
+        self,
+        x_BSD: Tensor,
+        counted_BS: Tensor | None = None,
+        context: RoutingContext | None = None,
+        places: object = None,
     ) -> tuple[Tensor, MoERecord]:
         """Routes, computes and combines.
 
@@ -130,6 +134,7 @@ class MoELayer(nn.Module):
             x_BSD: Input; of the tokens here, [1, t, D], where other processes route the others.
             counted_BS: False for padding, which no routed expert sees; None where all count.
             context: Token ids and random numbers, for routers that use them, and choices to be followed.
+            places: Where tokens stand, handed on to the shared expert.
         """
         shape = x_BSD.shape[:2] if context is None else context.token_BS.shape
         batch = _Batch((shape[0], shape[1]), counted_BS, self.tokens.here(shape.numel()))
@@ -141,7 +146,7 @@ class MoELayer(nn.Module):
         plan = self._plan_here(whole, decision, batch)
         out_TD, journey = self._through_experts(x_TD, self._weights(decision, plan), plan)
         if self.shared is not None:
-            out_TD = out_TD + self._shared(x_TD)
+            out_TD = out_TD + self._shared(x_BSD, places).flatten(0, 1)
         balance_demand_XE = self._balance_demand(chosen, whole, plan, batch, context)
         return out_TD.view_as(x_BSD), self._record(decision, plan, journey, batch, balance_demand_XE)
 
@@ -155,10 +160,10 @@ class MoELayer(nn.Module):
             out_TD, journey = self.dispatcher.run(z_TD, gate_TK, plan, self.experts)
         return (out_TD if self.latent_out is None else self.latent_out(out_TD)), journey
 
-    def _shared(self, x_TD: Tensor) -> Tensor:
+    def _shared(self, x_BSD: Tensor, places: object) -> Tensor:
         assert self.shared is not None, "asked only where there is a shared expert"
-        out_TD = self.shared(x_TD)
-        return out_TD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_TD)) * out_TD
+        out_BSD = self.shared(x_BSD, places)
+        return out_BSD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_BSD)) * out_BSD
 
     def _of_all_tokens(self, decision: RoutingDecision) -> tuple[Tensor, Tensor | None]:
         """(experts, whether they are asked) of every token of the micro-batch."""

@@ -246,7 +246,10 @@ def _cut_by_tensor(config: Config) -> dict[str, int]:
     model = config.model
     sizes = {"model.num_kv_heads": model.num_kv_heads, "model.vocab_size": model.vocab_size}
     sizes["data.sequence_length_tokens"] = config.data.sequence_length_tokens
-    return sizes | ({"model.ffn_width": model.ffn_width} if len(model.moe_blocks) < model.num_layers else {})
+    if len(model.moe_blocks) < model.num_layers:
+        sizes["model.ffn_width"] = model.ffn_width
+        sizes |= {"model.mix.rank": model.mix.rank} if model.mix.kind == "adapter" else {}
+    return sizes
 
 
 def _nearest(config: Config, ranks: int, asked: _Degrees, most: int = 3) -> str:

@@ -93,6 +93,8 @@ def _is_cut(name: str, config: ModelConfig) -> bool:
         if module in ("query_norm", "key_norm"):
             return config.attention.kind == "grouped" and config.attention.qk_norm == "whole"
         return module in _HEADS or (module == "output" and last == "weight")
+    if ".feed_forward.mix." in name:
+        return True
     in_dense = part.endswith(f"feed_forward.{module}") and module in ("gate_up", "up", "down")
     return in_dense and (module != "down" or last == "weight")
 
@@ -106,11 +108,20 @@ def _kept_of_block(config: Config, block: int) -> int:
     heads = model.num_heads * (2 * model.head_width + 2 * latent.rope_width + 2 * latent.value_width)
     attention = 3 * model.width + (heads if model.attention.kind == "latent" else grouped)
     if not model.has_experts(block):
-        dense = 2 * model.width + (activation_of(model.ffn_activation).parts + 1) * model.ffn_width
+        dense = 2 * model.width + _kept_of_feed_forward(model, model.ffn_width)
         return model.width if config.train.recompute == "selective" else attention + dense
     inside = moe.latent_width or model.width
     experts = moe.top_k * (2 * inside + activation_of(moe.activation).parts * moe.expert_width) + 2 * moe.num_experts
-    shared = (activation_of(model.ffn_activation).parts + 1) * moe.shared_expert_width
+    shared = _kept_of_feed_forward(model, moe.shared_expert_width)
     if config.train.recompute == "selective":
         return 2 * model.width + experts
     return attention + 2 * model.width + experts + shared
+
+
+def _kept_of_feed_forward(model: ModelConfig, inner: int) -> int:
+    """Numbers that a dense or shared feed-forward keeps of a token's inner channels, about."""
+    parts, asked = activation_of(model.ffn_activation).parts, model.mix
+    mix = {"none": 0, "conv": asked.kernel_tokens * parts * inner}.get(
+        asked.kind, (asked.kernel_tokens + 2) * asked.rank
+    )
+    return (parts + 1) * inner + (mix if inner else 0)

@@ -26,6 +26,7 @@ from moe_dist.model.attention import Attention
 from moe_dist.model.block import Block
 from moe_dist.model.feed_forward import FeedForward
 from moe_dist.model.latent_attention import LatentAttention
+from moe_dist.model.mix import Adapter, CausalMix
 from moe_dist.model.naming import Cut, GlobalTensor
 from moe_dist.model.norm import RMSNorm
 from moe_dist.model.transformer import Transformer
@@ -75,11 +76,14 @@ def cut_tensors(model: Transformer, mesh: Mesh) -> None:
             _exchange_around(block.attention, group)
             if isinstance(block.feed_forward, MoELayer):
                 block.feed_forward.tokens = SharedTokens(group)
+                if isinstance(block.feed_forward.shared, FeedForward) and block.feed_forward.shared.mix is not None:
+                    _tell_tokens_before(block.feed_forward.shared, group)
                 continue
             dense = block.feed_forward
             name, first = dense.first
             setattr(dense, name, _cut_linear(first, Cut(0, parts, place, dense.activation.parts)))
             dense.down = _cut_linear(dense.down, Cut(1, parts, place))
+            _cut_mix(dense, Cut(0, parts, place))
             _exchange_around(dense, group)
     model.tokens = SharedTokens(group)
     model.vocabulary = SharedVocabulary(group, place * (model.config.vocab_size // parts))
@@ -200,8 +204,6 @@ def _exchange_around(module: Attention | LatentAttention | FeedForward, group: d
 
     def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         x_TD = gather_tokens(given[0].flatten(0, 1), group)
-        if isinstance(module, FeedForward):
-            return (x_TD,)
         length = given[1].cos.shape[-2]  # of the rotary table
         return x_TD.view(-1, length, x_TD.shape[1]), *given[1:]
 
@@ -212,6 +214,48 @@ def _exchange_around(module: Attention | LatentAttention | FeedForward, group: d
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
+
+
+def _cut_mix(dense: FeedForward, cut: Cut) -> None:
+    """Leaves what sees the tokens before the channels that are here; an adapter the part of its narrow ones."""
+    match dense.mix:
+        case CausalMix():
+            _cut_channels(dense.mix, replace(cut, sections=dense.activation.parts))
+        case Adapter():
+            dense.mix.narrow = _cut_linear(dense.mix.narrow, cut)
+            dense.mix.wide = _cut_linear(dense.mix.wide, replace(cut, dim=1))
+            _cut_channels(dense.mix.conv, cut)
+
+
+def _cut_channels(mix: CausalMix, cut: Cut) -> None:
+    channels, seen = mix.weight.shape
+    mix.weight = nn.Parameter(torch.empty(channels // cut.parts, seen))
+    mix.cuts = {"weight": cut}  # type: ignore[assignment]
+
+
+def _tell_tokens_before(shared: FeedForward, group: dist.ProcessGroup) -> None:
+    """Lets a shared expert, which is whole on every rank, compute the few tokens before those here, too.
+
+    They are taken off what it returns, and the gradient of what they told goes back to where they are.
+    """
+    conv = shared.mix.conv if isinstance(shared.mix, Adapter) else shared.mix
+    assert conv is not None, "asked where there is a mix"
+    before_here = conv.weight.shape[1] - 1
+
+    def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_TD, places = gather_tokens(given[0].flatten(0, 1), group), given[1]
+        place_S = torch.arange(places.cos.shape[-2], device=x_TD.device)
+        place_BS = place_S.expand(len(x_TD) // len(place_S), -1) if places.position_BS is None else places.position_BS
+        here = SharedTokens(group).here(len(x_TD))
+        line = slice(here.start, here.stop + before_here)  # of all behind so many that stand for none
+        x_LD, place_L = F.pad(x_TD, (0, 0, before_here, 0))[line], F.pad(place_BS.flatten(), (before_here, 0))[line]
+        return x_LD[None], places._replace(position_BS=place_L[None])
+
+    def after(_: nn.Module, given: tuple[Any, ...], out_1tD: Tensor) -> Tensor:
+        return out_1tD[:, before_here:]
+
+    shared.register_forward_pre_hook(before)
+    shared.register_forward_hook(after)
 
 
 def gather_cut(piece: GlobalTensor, held: Tensor, mesh: Mesh) -> Tensor:

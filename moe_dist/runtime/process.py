@@ -54,7 +54,7 @@ class Process(Place):
 def open_process(place: Place, config: Config, init_method: str | None = None) -> Iterator[Process]:
     """Joins torch.distributed for the duration of a run.
 
-    A group that already exists (Ray Train starts one) is used and left alone.
+    A group that already exists is used and left alone.
 
     Args:
         place: Where this process stands.

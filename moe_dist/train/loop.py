@@ -16,8 +16,9 @@ from moe_dist.checkpoint.agree import on_first_rank
 from moe_dist.checkpoint.load import load_training_state, restore_newest
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.checkpoint.memory import Keeper, MemoryCopies
-from moe_dist.checkpoint.opened import Opened
+from moe_dist.checkpoint.object_store import ObjectStore
 from moe_dist.checkpoint.save import Saved, Saver
+from moe_dist.checkpoint.source import Opens
 from moe_dist.config import parse_config
 from moe_dist.errors import CheckpointError
 from moe_dist.parallel.waits import counted_waits
@@ -79,19 +80,22 @@ class Trainer:
         """
         model, optimizer, told = self.trainee.model, self.trainee.optimizer, self.recorder.message
 
-        def fill(path: Path, manifest: Manifest, opens: Callable[[Path], Opened]) -> None:
+        def fill(path: Path, manifest: Manifest, opens: Opens) -> None:
             load_training_state(path, manifest, model, optimizer, opens)
 
-        found = restore_newest(self.root, self.trainee.mesh, told, self._accept, fill, self.memory)
+        url = self.config.checkpoint.store
+        elsewhere = [place for place in (self.memory, ObjectStore(url) if url else None) if place is not None]
+        found = restore_newest(self.root, self.trainee.mesh, told, self._accept, fill, elsewhere)
         if found is None:
             return None
-        self.step = found.manifest.step
-        self.skipped.restore(self.step, found.manifest.data)
-        if self.memory is not None and found.key is not None:
-            self.memory.take(found.key)
-            self.recorder.resume(found.record)
-        self.recorder.event("restored", step=self.step, path=str(found.path))
-        return found.path
+        source, manifest = found
+        self.step = manifest.step
+        self.skipped.restore(self.step, manifest.data)
+        if self.memory is not None and source.key is not None:
+            self.memory.take(source.key)
+            self.recorder.resume(source.record)
+        self.recorder.event("restored", step=self.step, path=str(source.path))
+        return source.path
 
     def _accept(self, path: Path, manifest: Manifest) -> None:
         """That a checkpoint is of this model, at its place in this data."""
@@ -224,6 +228,10 @@ class Trainer:
 
     def _hear_of_saves(self) -> None:
         """Tells of a save that has ended in the background; only rank 0 hears, and no other need to."""
+        stored = self.saver.store_news()
+        if stored is not None:
+            where = self.config.checkpoint.store
+            self.recorder.message(f"step {self.saver.step}: not copied to {where}, training goes on: {stored.error()}")
         outcome = self.saver.news()
         if outcome is None:
             return

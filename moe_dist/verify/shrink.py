@@ -20,6 +20,7 @@ _SIZES = {
 _LATENT_SIZES = {"query_rank": 8, "kv_rank": 8, "rope_width": 4, "value_width": 4}
 _EXPERT_SIZES = ("expert_width", "shared_expert_width", "latent_width")
 _MOST_EXPERT_WIDTH = 8
+_MOST_MIX_RANK = 4
 _LENGTH_TOKENS, _ROWS = 12, 8
 _MOST_WINDOW_TOKENS = 4  # less than a row
 
@@ -48,6 +49,8 @@ def shrunk(config: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
     if not all_dense:
         model["moe_every_layers"] = min(model["moe_every_layers"], layers - model["num_dense_layers"])
     model["max_positions_tokens"] = min(model["max_positions_tokens"], _LENGTH_TOKENS)
+    model["mix"]["rank"] = min(model["mix"]["rank"], _MOST_MIX_RANK)
+    model["mix"]["kernel_tokens"] = min(model["mix"]["kernel_tokens"], _MOST_WINDOW_TOKENS)
     model["init_std"] = max(model["init_std"], 0.3)
     for name in _EXPERT_SIZES:
         moe[name] = moe[name] and min(moe[name], _MOST_EXPERT_WIDTH)

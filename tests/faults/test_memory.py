@@ -63,13 +63,13 @@ def restore(trainee: Trainee, folder: str, told: list[str]) -> Any:
         load_training_state(path, manifest, trainee.model, trainee.optimizer, opens)
 
     memory = memory_of(trainee, folder)
-    return restore_newest(Path(folder) / "run", trainee.mesh, told.append, lambda path, manifest: None, fill, memory)
+    return restore_newest(Path(folder) / "run", trainee.mesh, told.append, lambda path, manifest: None, fill, [memory])
 
 
 def continued_run(rank: int, name: str, folder: str, damages: bool) -> dict[str, Any]:
     """Goes on from memory; then, where asked, with a flipped bit in the newest state there, and with a part gone."""
     trainee, told = trainee_of(LAYOUTS[name][1]), list[str]()
-    found = restore(trainee, folder, told)
+    found, _ = restore(trainee, folder, told)
     result: dict[str, Any] = {"path": str(found.path), "record": found.record, "state": state_of(trainee)}
     result |= {"losses": train(trainee, BEFORE, AFTER), "damaged": [], "told": told}
     for damage in (flip_newest, forget_newest) if damages else ():
@@ -78,7 +78,7 @@ def continued_run(rank: int, name: str, folder: str, damages: bool) -> dict[str,
             damage(files_in(folder, GIVEN_BY))
         dist.barrier()
         told.clear()
-        found = restore(trainee, folder, told)
+        found, _ = restore(trainee, folder, told)
         result["damaged"].append((str(found.path), list(told), [float(loss) for loss in train(trainee, 1, 1)]))
     return result
 

@@ -13,6 +13,7 @@ from moe_dist.model import Transformer
 from moe_dist.model.cache import Cache
 from moe_dist.model.places import document_positions
 from tests.support.attention import ATTENTION
+from tests.support.feed_forward import MIX
 from tests.support.models import plain_model, random_rows, small_config
 from tests.support.routers import ROUTERS
 from tests.support.tolerances import assert_close
@@ -23,6 +24,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hash": (ROUTERS["hash"], {}),
     "sigmoid, groups, bias": (ROUTERS["sigmoid, groups, bias"], {}),
     **{name: ({}, {"num_layers": 3, "num_dense_layers": 1, **model}) for name, model in ATTENTION.items()},
+    **{name: (case["moe"], case["model"]) for name, case in MIX.items()},
 }
 
 
@@ -70,7 +72,7 @@ KEPT = {
     "norms of the whole, biases, sinks, windows, yarn": [(32, 4), (32, 18), (32, 4)],
     "norms of heads, interleaved pairs, a larger base, windows everywhere": [(32, 5)] * 3,
     "latent, compressed queries, temperatures": [(16, 18)] * 3,
-    "latent, plain queries, sinks, windows": [(16, 4), (16, 18), (16, 4)],
+    "latent, plain queries, sinks, windows, divided positions": [(16, 4), (16, 18), (16, 4)],
 }
 
 
@@ -120,7 +122,7 @@ def read_anew(model: Transformer, prompt: list[int], tokens: int, window: int, s
 
 
 @pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("name", [*ATTENTION, "plain"])
+@pytest.mark.parametrize("name", [*ATTENTION, *MIX, "plain"])
 def test_prompts_continued_together_are_those_read_anew_one_by_one(name, separate):
     """Texts of all lengths, some of which outgrow the window; and more of them than are read at once."""
     model = model_of(name)

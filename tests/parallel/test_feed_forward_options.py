@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from moe_dist.config import Config
 from moe_dist.moe.experts import Experts
 from moe_dist.parallel.expert_tensor import CutExperts
-from tests.parallel.test_attention_options import first_weights_drawn
+from tests.parallel.test_attention_options import first_weights_drawn, rows, share_of
 from tests.support.feed_forward import FEED_FORWARD
 from tests.support.gang import run_gang
-from tests.support.models import random_rows, small_config
+from tests.support.models import small_config
 from tests.support.parallel_step import StepProof, candidate_step, first_difference, oracle_step
 from tests.support.tolerances import RELATIVE
 
@@ -41,13 +41,10 @@ def config_of(name: str, layout: tuple[int, int, int, str, str]) -> Config:
     return small_config(
         {"balance_loss": 0.2, "expert_width": 12, **case.get("moe", {})},
         model=case["model"],
+        data=case.get("data", {}),
         parallel={"tensor": tensor, "expert": expert, "expert_tensor": cut, "data": data},
         train={"global_batch_sequences": ROWS, "micro_batch_sequences": 2, "recompute": recompute},
     )
-
-
-def share_of(tensor: int) -> list[torch.Tensor]:
-    return list(random_rows(ROWS).tensor_split(RANKS // tensor))
 
 
 def bias_on_every_rank(self: CutExperts, kind: torch.dtype) -> Any:
@@ -76,7 +73,7 @@ def steps() -> list[dict[Any, StepProof]]:
 @cache
 def expected_of(name: str) -> StepProof:
     with first_weights_drawn():
-        return oracle_step(config_of(name, LAYOUTS[0]), random_rows(ROWS))
+        return oracle_step(config_of(name, LAYOUTS[0]), rows())
 
 
 @pytest.mark.parametrize("name", FEED_FORWARD)

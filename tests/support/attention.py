@@ -40,7 +40,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
         "rope_pairing": "interleaved",
         "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
     },
-    "latent, plain queries, sinks, windows": {
+    "latent, plain queries, sinks, windows, divided positions": {
         "num_heads": 4,
         "num_kv_heads": 4,
         "attention": {
@@ -50,5 +50,6 @@ ATTENTION: dict[str, dict[str, Any]] = {
             "full_every_layers": 2,
             "latent": {"kv_rank": 12, "rope_width": 4, "value_width": 16},
         },
+        "rope_scaling": {"kind": "linear", "factor": 4.0},
     },
 }

@@ -23,7 +23,7 @@ def restored(root: Path, trainee: Trainee, report: Callable[[str], None] = print
         load_training_state(path, manifest, trainee.model, trainee.optimizer, opens)
 
     found = restore_newest(root, trainee.mesh, report, lambda path, manifest: None, fill)
-    return found and found.manifest
+    return found and found[1]
 
 
 def newest(root: Path) -> tuple[Path, Manifest]:

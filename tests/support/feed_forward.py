@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+_SHAPE = {"num_layers": 3, "num_dense_layers": 1, "num_heads": 4, "num_kv_heads": 2}
+MIX: dict[str, dict[str, Any]] = {
+    "a convolution in dense and shared feed-forwards, documents apart": {
+        "model": {**_SHAPE, "mix": {"kind": "conv", "kernel_tokens": 4}},
+        "moe": {"shared_expert_width": 8, "shared_expert_gate": True},
+        "data": {"documents": "separate"},
+    },
+    "adapters beside dense and shared feed-forwards": {
+        "model": {**_SHAPE, "mix": {"kind": "adapter", "rank": 4}, "ffn_activation": "relu", "ffn_bias": True},
+        "moe": {"shared_expert_width": 8},
+    },
+}
 FEED_FORWARD: dict[str, dict[str, Any]] = {
     "layer norms, gelu with biases, learned positions, experts in every other block": {
         "model": {
@@ -43,4 +55,5 @@ FEED_FORWARD: dict[str, dict[str, Any]] = {
         },
         "moe": {"activation": "squared_relu", "shared_expert_width": 8},
     },
+    **MIX,
 }
