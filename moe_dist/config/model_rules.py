@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_dist.config.attention_rules import attention_rules
-from moe_dist.config.model_schema import ModelConfig, MoEConfig
+from moe_dist.config.model_schema import ModelConfig
 from moe_dist.config.section import Section
 from moe_dist.errors import ConfigError
 
@@ -17,7 +17,6 @@ def model_option_rules(model: ModelConfig) -> Iterator[ConfigError]:
     """Options that are declared and not built, and what those that are built demand of each other."""
     yield from attention_rules(model)
     yield from _mix_rules(model)
-    yield from _constant_gate_rules(model.moe)
     plain = type(model)()
     for path in _NOT_BUILT:
         value, default = _value(model, path), _value(plain, path)
@@ -36,17 +35,6 @@ def _mix_rules(model: ModelConfig) -> Iterator[ConfigError]:
             "is for dense feed-forwards and the shared expert, and this model has neither: a routed expert does not "
             "see a token's neighbours",
             "model.mix.kind=none, or model.moe.shared_expert_width=256, or model.num_dense_layers=1",
-        )
-
-
-def _constant_gate_rules(moe: MoEConfig) -> Iterator[ConfigError]:
-    """A gate weight of 1 that is meant."""
-    if moe.constant_gate and not (moe.router == "softmax_topk" and moe.top_k == 1 and moe.normalize_gates):
-        yield ConfigError(
-            "model.moe.constant_gate",
-            True,
-            "says that a gate weight of 1 is meant, which router=softmax_topk has with top_k=1 and normalize_gates",
-            "model.moe.constant_gate=false",
         )
 
 

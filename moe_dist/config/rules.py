@@ -135,6 +135,13 @@ def _router_rules(moe: MoEConfig) -> Iterator[ConfigError]:
             "the gate weights of a GShard router sum to one: the second expert is drawn by its normalised weight",
             "model.moe.normalize_gates=true",
         )
+    if moe.constant_gate and not (moe.router == "softmax_topk" and moe.top_k == 1 and moe.normalize_gates):
+        yield ConfigError(
+            "model.moe.constant_gate",
+            True,
+            "says that a gate weight of 1 is meant, which router=softmax_topk has with top_k=1 and normalize_gates",
+            "model.moe.constant_gate=false",
+        )
     learns_by_gate = moe.router in ("softmax_topk", "sigmoid_topk", "switch", "noisy_topk")
     if learns_by_gate and not moe.constant_gate and (moe.top_k == 1 or moe.router == "switch") and moe.normalize_gates:
         yield ConfigError(

@@ -108,14 +108,14 @@ def export(path: Path, manifest: Manifest, out: Path, asked: Asked) -> tuple[Fam
     family, fields = choose_family(config.model, asked.family)
     sources = {name: source_of(name, family.table, family.model_type) for name in our_tensors(config.model)}
     shards = _in_shards(_outgoing(config.model, sources, HUB_TYPES[asked.dtype]), asked.shard_bytes)
+    total = sum(tensor.num_bytes for tensors in shards for tensor in tensors)
     plan = [hash_of(manifest_bytes(manifest)), family.model_type, asked.dtype, asked.shard_bytes]
-    with work.begin(out.parent / f".exporting-{out.name}", plan) as doing, Reader(path, manifest) as reader:
+    with work.begin(out.parent / f".exporting-{out.name}", plan, total) as doing, Reader(path, manifest) as reader:
         weight_map: dict[str, str] = {}
         for number, tensors in enumerate(shards):
             file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
             doing.file(file, lambda new, tensors=tensors: _write(new, reader, tensors, sources))  # type: ignore[misc]
             weight_map |= {tensor.name: file for tensor in tensors}
-        total = sum(tensor.num_bytes for tensors in shards for tensor in tensors)
         beside = dict(asked.beside)
         beside["config.json"] = _json(_merged(asked, fields))
         if len(shards) > 1:

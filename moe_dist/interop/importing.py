@@ -162,7 +162,7 @@ def write_checkpoint(
     told = config.model_dump(mode="json")
     plan = {"seen": weights.seen, "config": told, "parts": len(groups)}
     save = hash_of(repr(plan).encode())
-    with work.begin(root / f".importing-{store.step_name(0)}", plan) as doing:
+    with work.begin(root / f".importing-{store.step_name(0)}", plan, total) as doing:
         entries = []
         for number, names in enumerate(groups):
             shapes = {f"model/{name}": tensors[name] for name in names}

@@ -61,15 +61,16 @@ class Work:
 
 
 @contextmanager
-def begin(folder: Path, plan: Any) -> Iterator[Work]:
+def begin(folder: Path, plan: Any, needed: int = 0) -> Iterator[Work]:
     """Opens the folder of a piece of work, with what is done of the same plan; only one process at a time works in it.
 
     Args:
         folder: Hidden, beside what it becomes.
         plan: What is made of what, as JSON.
+        needed: Bytes that all of it will take.
 
     Raises:
-        ExchangeError: Another process works in it.
+        ExchangeError: Another process works in it, or there is no room.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -81,6 +82,12 @@ def begin(folder: Path, plan: Any) -> Iterator[Work]:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             write_durably(found, text)
+        left = needed - sum(path.stat().st_size for path in folder.iterdir())
+        free = shutil.disk_usage(folder).free
+        if free < left:
+            raise ExchangeError(
+                str(folder), f"{free:,} bytes free", f"{left:,} bytes are still to be written", "make room"
+            )
         yield Work(folder)
     finally:
         os.close(handle)

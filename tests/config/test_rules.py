@@ -184,6 +184,10 @@ BROKEN = [
         ("model.moe.top_k", 5, "model.moe.num_experts=4", "model.moe.top_k=4 or less"),
     ),
     (
+        {"model": {"moe": {"constant_gate": True}}},
+        ("model.moe.constant_gate", True, "top_k=1 and normalize_gates", "model.moe.constant_gate=false"),
+    ),
+    (
         {"model": {"moe": {"top_k": 1}}},
         ("model.moe.normalize_gates", True, "always 1", "model.moe.normalize_gates=false"),
     ),

@@ -136,6 +136,8 @@ def test_what_was_done_of_another_plan_is_not_taken_and_two_do_not_work_in_one_p
         assert doing.file("a", make) == 7 and doing.kept == 1
     with work.begin(folder, {"seen": 2}) as doing:
         assert doing.file("a", make) == 7 and doing.kept == 0
+    with pytest.raises(ExchangeError, match="still to be written"), work.begin(folder, {"seen": 2}, 2**60):
+        pass
 
 
 def test_run_begins_with_zero_moments_at_its_first_batch_and_goes_on(hub: Path, tmp_path: Path) -> None:
