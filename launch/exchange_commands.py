@@ -199,10 +199,11 @@ def _beside(run: Path, config: Config) -> tuple[dict[str, Any], str | None, dict
     beside = files_beside(run / HUB_FOLDER)
     if family is None:
         kept = {"max_position_embeddings": config.data.sequence_length_tokens}
-    if not beside and (run / "tokenizer.json").exists():
+    own = run / "tokenizer.json"
+    if own.exists() and own.read_bytes() != beside.get("tokenizer.json"):  # what the ids of the run mean
         from data_pipeline.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(run / "tokenizer.json", config.model.vocab_size)
+        tokenizer = load_tokenizer(own, config.model.vocab_size)
         end, length = tokenizer.end_of_text, config.data.sequence_length_tokens
         told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.decode([end])}
         beside = {"tokenizer.json": tokenizer.file_bytes}

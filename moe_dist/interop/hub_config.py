@@ -116,7 +116,7 @@ def _read_yarn(inner: Fields, longest: Any) -> dict[str, Any]:
 
 
 def write_rope(model: ModelConfig) -> dict[str, Any]:
-    """The inverse, in the form that transformers 4 and 5, vLLM and SGLang all read."""
+    """The inverse, in the form of the published directories, which transformers 4 and 5 read."""
     scaling = model.rope_scaling
     found: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": None}
     if scaling.kind == "linear":

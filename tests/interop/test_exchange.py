@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.tokenizer import train_tokenizer
 from moe_dist.checkpoint import store
 from moe_dist.checkpoint.manifest import read_manifest
 from moe_dist.checkpoint.read import Reader, verify
@@ -161,6 +162,19 @@ def test_run_begins_with_zero_moments_at_its_first_batch_and_goes_on(hub: Path, 
     assert store.step_of(newest) == 2 and any(n.startswith("exp_avg/") for n in read_manifest(newest).tensors)
     _, told = answer("export", tmp_path / "run", tmp_path / "out")
     assert told["from"] == str(newest) and hub_tensors(tmp_path / "out").keys() == hub_tensors(hub).keys()
+
+
+def test_tokenizer_of_the_run_is_handed_out_where_it_is_another(hub: Path, tmp_path: Path) -> None:
+    answer("import", hub, tmp_path / "run")
+    tokenizer = train_tokenizer(["some words and some more words"] * 3, 280)
+    tokenizer.save(tmp_path / "run" / "tokenizer.json")
+    answer("export", tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer.file_bytes
+    assert not (tmp_path / "out" / "chat_template.jinja").exists(), "it is of another tokenizer"
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == tokenizer.end_of_text
+    told = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert told["eos_token"] == tokenizer.decode([tokenizer.end_of_text])
 
 
 def test_model_that_no_family_has_is_refused_by_its_key(tmp_path: Path) -> None:
