@@ -26,6 +26,12 @@ def config_of(name: str, **sections: dict[str, object]) -> Config:
     return small_config(MIX[name]["moe"], model=MIX[name]["model"], **sections)
 
 
+def two_documents() -> torch.Tensor:
+    tokens_BS = random_rows(2)[:, :12]
+    tokens_BS[:, 5] = END
+    return tokens_BS
+
+
 def drawn_model(config: Config) -> Transformer:
     """With no weight that is 0 or 1 by definition."""
     model = plain_model(config)
@@ -103,13 +109,29 @@ def test_mix_in_bf16_stays_near_fp32(name: str) -> None:
     feed_forward = drawn_model(config).blocks[0].feed_forward
     assert isinstance(feed_forward, FeedForward)
     x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
-    places = places_of(document_positions(random_rows(2)[:, :12], END), 12, config.model, x)
+    places = places_of(document_positions(two_documents(), END), 12, config.model, x)
     with torch.no_grad():
         expected = feed_forward(x, places)
         with torch.autocast("cpu", torch.bfloat16):
             narrow = feed_forward(x, places)
         assert narrow.dtype == torch.bfloat16
         assert 0 < relative_error(narrow.float(), expected) <= RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIX)
+def test_compiled_mix_has_the_output_and_the_gradients_of_the_plain_one(name: str) -> None:
+    config = config_of(name)
+    feed_forward = drawn_model(config).blocks[0].feed_forward
+    x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    places = places_of(document_positions(two_documents(), END), 12, config.model, x)
+    slope = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    steps = []
+    for forward in (feed_forward.forward, torch.compile(feed_forward.forward)):
+        out = forward(x, places)
+        steps.append([out, *torch.autograd.grad((out * slope).sum(), list(feed_forward.parameters()))])
+    for place, (plain, compiled) in enumerate(zip(*steps, strict=True)):
+        assert_close(compiled, plain, f"output or gradient {place}")
 
 
 def test_mix_is_refused_where_only_routed_experts_are() -> None:

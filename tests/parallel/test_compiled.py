@@ -18,7 +18,7 @@ from tests.support.tolerances import RELATIVE
 ROWS = 5  # ranks and micro-batches differ, and one is empty
 MODEL = {"num_heads": 4, "num_kv_heads": 2, "num_dense_layers": 1}
 WHOLE, _, LATENT, _ = ATTENTION
-# parallel, kind of recompute, documents, options of attention (and then a convolution in feed-forwards)
+# parallel, kind of recompute, documents, options of attention
 LAYOUTS: list[tuple[dict[str, Any], str, str, str | None]] = [
     ({"expert": 2}, "none", "joined", None),
     ({"expert": 1, "data": "fsdp"}, "selective", "separate", None),
@@ -35,7 +35,7 @@ def config_of(layout: tuple[dict[str, Any], str, str, str | None], compiled: boo
     train = {"global_batch_sequences": ROWS, "micro_batch_sequences": 2, "recompute": recompute, "compile": compiled}
     return small_config(
         {"balance_loss": 0.2, "capacity_factor": 1.0},
-        model=MODEL if attention is None else {**MODEL, **ATTENTION[attention], "mix": {"kind": "conv"}},
+        model={**MODEL, **ATTENTION.get(attention or "", {})},
         train=train,
         parallel=parallel,
         data={"documents": documents},
