@@ -96,9 +96,11 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     """Prints the table, readable at 100 columns without colours."""
     from rich.table import Table
 
-    table = Table(title=f"held-out bits per byte, seeds {', '.join(map(str, rows[0]['seeds']))}", title_justify="left")
+    console.print(f"held-out bits per byte, seeds {', '.join(map(str, rows[0]['seeds']))}", style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("variant", "params", "active", "steps", "compute", "mean", "range", "difference"):
-        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name != "variant")
+        first = name == "variant"
+        table.add_column(name, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row in rows:
         sizes = (f"{row['parameters'][kind] / 1e3:,.0f} k" for kind in ("total", "active"))
         bits, apart = row["bits_per_byte"], row["difference"]
