@@ -12,8 +12,8 @@ import torch
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import load_tokenizer
 from moe_dist.checkpoint.load import load_newest_model
-from moe_dist.config import parse_config
-from moe_dist.errors import CheckpointError
+from moe_dist.config import Config, parse_config
+from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.generate.sampling import Sampling, continue_prompts
 from moe_dist.runtime.process import choose_device
 
@@ -41,10 +41,12 @@ def generate_from_run(
 
     Raises:
         CheckpointError: The run has no checkpoint that proves whole.
+        ConfigError: Later tokens would change what the model says of earlier ones.
     """
     on = device or choose_device(0)
     model, manifest = load_newest_model(run_dir / "checkpoints", on, lambda text: print(text, file=sys.stderr))
     config = parse_config(manifest.config)
+    _check_that_text_can_be_made(config)
     known = manifest.data.get("tokenizer_sha256")
     if known is not None and hashlib.sha256((run_dir / TOKENIZER_NAME).read_bytes()).hexdigest() != known:
         rule = "the tokenizer is the one that the checkpoint was trained with"
@@ -62,3 +64,19 @@ def generate_from_run(
     window = config.data.sequence_length_tokens
     new = continue_prompts(model, begun, sampling, window, tokenizer.end_of_text)
     return [start + tokenizer.decode(ids) for start, ids in zip(prompts or own.prompts, new, strict=True)]
+
+
+def _check_that_text_can_be_made(config: Config) -> None:
+    """That no token's scores depend on tokens after it, nor on other texts.
+
+    Raises:
+        ConfigError: An expert takes only so many tokens of a sequence: the next token may push an earlier one out.
+    """
+    factor = config.model.moe.capacity_factor_eval
+    if factor is not None and config.model.moe_blocks:
+        raise ConfigError(
+            "model.moe.capacity_factor_eval",
+            factor,
+            "text is made token by token: with a capacity a later token changes what experts did for earlier ones",
+            "a run with model.moe.capacity_factor_eval=null (capacity_factor may stay: it is for training alone)",
+        )

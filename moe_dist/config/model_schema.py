@@ -203,10 +203,6 @@ class ModelConfig(Section):
     tie_embeddings: bool = key(True, "The output projection is the embedding itself.")
     init_std: float = key(0.02, "Standard deviation of initial weights; residual outputs are scaled down.", gt=0)
     moe: MoEConfig = section(MoEConfig, "The mixture-of-experts layer.")
-    mtp_layers: int = key(
-        0, "Modules that predict one token further each (multi-token prediction, DeepSeek-V3).", "layers", ge=0
-    )
-    mtp_loss: float = key(0.3, "Coefficient of the mean loss of these modules.", ge=0)
 
     def has_experts(self, block: int) -> bool:
         """Whether the feed-forward of a block, counted from 0, is a mixture of experts."""

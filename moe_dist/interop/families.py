@@ -218,7 +218,7 @@ DEEPSEEK_V3 = Family(
 FAMILIES = (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE, OLMOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3)
 
 # What only training reads, and what none but learned positions read.
-_TRAINING = ("init_std", "mtp_loss", "max_positions_tokens")
+_TRAINING = ("init_std", "max_positions_tokens")
 _MOE_TRAINING = (
     "backend", "balance_loss", "balance_scope", "bias_update_rate", "capacity_factor", "capacity_group", "drop_policy",
     "global_balance", "group_balance_loss", "input_jitter", "min_capacity", "pad_to_capacity", "recompute_experts",
