@@ -44,6 +44,12 @@ class MoEConfig(Section):
     gate_scale: float = key(1.0, "Factor on the gate weights.", gt=0)
     num_groups: int = key(1, "Groups of neighbouring experts, of which a token sees only the best.", "groups", ge=1)
     groups_per_token: int = key(1, "Groups that a token may choose its experts from.", "groups", ge=1)
+    group_score_experts: int = key(
+        2,
+        "A group of experts is scored by the sum of so many of its best: 2 in DeepSeek-V3, 1 in DeepSeek-V2.",
+        "experts",
+        ge=1,
+    )
     selection_bias: bool = key(
         False, "Balance without a loss: a bias on the scores, for the choice alone, that moves against the load."
     )

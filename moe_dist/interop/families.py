@@ -19,6 +19,7 @@ from moe_dist.interop.hub_config import Fields, put
 from moe_dist.interop.names import Table
 from moe_dist.interop.parts import (
     Always,
+    BestExpertGroups,
     Biases,
     ConstantGate,
     Dense,
@@ -192,11 +193,9 @@ DEEPSEEK_V2 = Family(
     (
         *_LATENT,
         Always({"rope_pairing": "interleaved", "moe.router": "softmax_topk", "moe.normalize_gates": False}),
-        Fixed("topk_method", ("greedy",)),
+        BestExpertGroups(),
         Fixed("scoring_func", ("softmax",)),
         Fixed("norm_topk_prob", (False,)),
-        Fixed("n_group", (1,)),
-        Fixed("topk_group", (1,)),
     ),
 )
 DEEPSEEK_V3 = Family(
@@ -306,6 +305,8 @@ def _essence(model: ModelConfig) -> Tree:
         del tree[name]
     for name in _MOE_TRAINING if sparse else ():
         del tree["moe"][name]
+    if sparse and model.moe.num_groups == 1:
+        del tree["moe"]["group_score_experts"]
     if model.attention.kind != "latent":
         del tree["attention"]["latent"]
     return tree

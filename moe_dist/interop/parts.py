@@ -183,6 +183,24 @@ class ConstantGate:
         pass
 
 
+class BestExpertGroups:
+    """All experts, or those of the groups whose best expert is best (DeepSeek-V2); `greedy` reads no groups."""
+
+    def read(self, fields: Fields, ours: Tree) -> None:
+        method = fields.left.get("topk_method")
+        fields.fixed("topk_method", "greedy", "group_limited_greedy")
+        groups, open_ones = fields.take("n_group", 1), fields.take("topk_group", 1)
+        if method == "group_limited_greedy" and groups > 1:
+            put(ours, "moe.num_groups", groups)
+            put(ours, "moe.groups_per_token", open_ones)
+            put(ours, "moe.group_score_experts", 1)
+
+    def write(self, model: ModelConfig, theirs: Tree) -> None:
+        limited = model.moe.num_groups > 1
+        theirs["topk_method"] = "group_limited_greedy" if limited else "greedy"
+        theirs |= {"n_group": model.moe.num_groups, "topk_group": model.moe.groups_per_token}
+
+
 class Predictors:
     """Modules that predict further tokens are not carried: their weights are refused, and none are written."""
 

@@ -117,10 +117,10 @@ def _choose(score_E: Tensor, bias_E: Tensor | None, config: MoEConfig) -> list[i
     size = config.num_experts // config.num_groups
     groups = [range(g * size, (g + 1) * size) for g in range(config.num_groups)]
 
-    def two_best(group: range) -> float:
-        return sum(sorted((scores[e] for e in group), reverse=True)[:2])
+    def score_of(group: range) -> float:
+        return sum(sorted((scores[e] for e in group), reverse=True)[: config.group_score_experts])
 
-    open_groups = sorted(groups, key=lambda group: (-two_best(group), group[0]))[: config.groups_per_token]
+    open_groups = sorted(groups, key=lambda group: (-score_of(group), group[0]))[: config.groups_per_token]
     open_experts = [e for group in open_groups for e in group]
     return sorted(open_experts, key=lambda e: (-scores[e], e))[: config.top_k]
 

@@ -22,7 +22,7 @@ def choose_experts(
             become equal where a sigmoid is rounded to 0 or 1.
         score_TE: Softmax or sigmoid of the logits, to which a bias is added.
         bias_E: Selection bias, or None.
-        config: `top_k`, `num_groups`, `groups_per_token`.
+        config: `top_k`, `num_groups`, `groups_per_token`, `group_score_experts`.
         follow: Choices that are taken as they are.
     """
     if follow is not None:
@@ -31,20 +31,21 @@ def choose_experts(
     if bias_E is not None:
         choice_TE = choice_TE + bias_E
     if config.num_groups > 1:
-        choice_TE = limit_to_groups(choice_TE, config.num_groups, config.groups_per_token)
+        choice_TE = limit_to_groups(choice_TE, config.num_groups, config.groups_per_token, config.group_score_experts)
     return torch.sort(choice_TE, dim=-1, descending=True, stable=True).indices[:, : config.top_k]
 
 
-def limit_to_groups(choice_TE: Tensor, num_groups: int, groups_per_token: int) -> Tensor:
+def limit_to_groups(choice_TE: Tensor, num_groups: int, groups_per_token: int, scored_by: int = 2) -> Tensor:
     """Scores with all but the best groups of experts at minus infinity.
 
-    A group's score is the sum of its two highest scores, bias included. Masking with 0, as some code does, lets a
-    masked expert win where the scores that are left are negative.
+    A group's score is the sum of its `scored_by` highest scores, bias included. Masking with 0, as some code does, lets
+    a masked expert win where the scores that are left are negative.
 
-    Source: DeepSeek-V3 (2024), section 2.1.2 "node-limited routing", with the sum of two as in its published code.
+    Source: DeepSeek-V3 (2024), section 2.1.2 "node-limited routing", with the sum of two as in its published code;
+    DeepSeek-V2 (2024), section 2.1.2 "device-limited routing", with the best one.
     """
     choice_TJe = choice_TE.unflatten(-1, (num_groups, -1))
-    group_TJ = choice_TJe.topk(min(2, choice_TJe.shape[-1]), dim=-1).values.sum(-1)
+    group_TJ = choice_TJe.topk(min(scored_by, choice_TJe.shape[-1]), dim=-1).values.sum(-1)
     best = torch.sort(group_TJ, dim=-1, descending=True, stable=True).indices[:, :groups_per_token]
     closed_TJ = torch.ones_like(group_TJ, dtype=torch.bool).scatter_(1, best, False)
     return choice_TJe.masked_fill(closed_TJ[..., None], float("-inf")).flatten(1)

@@ -25,6 +25,7 @@ B, S, D = 3, 6, 16
 
 KINDS: dict[str, dict[str, Any]] = {
     **ROUTERS,
+    "groups by their best": {"num_groups": 4, "groups_per_token": 2, "group_score_experts": 1},
     "softmax raw": {"normalize_gates": False, "gate_scale": 1.5},
     "noisy": {**ROUTERS["noisy"], "input_jitter": 0.1},
     # The capacity rule says the factor.

@@ -25,11 +25,11 @@ def no_rule_for_gates(moe: Any) -> Any:
     return iter(())
 
 
-def masked_with_zero(choice_TE: Tensor, num_groups: int, groups_per_token: int) -> Tensor:
+def masked_with_zero(choice_TE: Tensor, num_groups: int, groups_per_token: int, *_: Any) -> Tensor:
     return original_limit(choice_TE, num_groups, groups_per_token).nan_to_num(neginf=0.0)
 
 
-def scored_by_best(choice_TE: Tensor, num_groups: int, groups_per_token: int) -> Tensor:
+def scored_by_best(choice_TE: Tensor, num_groups: int, groups_per_token: int, *_: Any) -> Tensor:
     best_TJ = choice_TE.unflatten(-1, (num_groups, -1)).amax(-1)
     size = choice_TE.shape[1] // num_groups
     shut_TJ = torch.ones_like(best_TJ).scatter(1, best_TJ.topk(groups_per_token).indices, 0.0).bool()

@@ -123,3 +123,11 @@ def test_bias_moves_from_meta_with_its_module():
     router.to(torch.bfloat16).to_empty(device="cpu")
     assert router.selection_bias.device.type == "cpu" and router.selection_bias.dtype == torch.float32
     assert Router(16, MoEConfig(num_experts=4)).selection_bias is None
+
+
+def test_groups_scored_by_their_best_expert_or_by_two() -> None:
+    """DeepSeek-V2 takes the best, DeepSeek-V3 the sum of two: of (5, 0), (3, 3), (4, 0) one group stays."""
+    choice = torch.tensor([[5.0, 0.0, 3.0, 3.0, 4.0, 0.0]])
+    by_one, by_two = (torch.isfinite(limit_to_groups(choice, 3, 1, scored_by))[0].tolist() for scored_by in (1, 2))
+    assert by_one == [True, True, False, False, False, False]
+    assert by_two == [False, False, True, True, False, False]

@@ -52,8 +52,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_LATENT,
         "q_lora_rank": None,
         "n_shared_experts": 2,
-        "n_group": 1,
-        "topk_group": 1,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
         "routed_scaling_factor": 1.5,
     },
     "deepseek_v3": {
