@@ -89,13 +89,20 @@ class RayKeeper:
         self._where: dict[tuple[int, Key], str] = {}
 
     def put(self, kept: Kept, content: memoryview, keep: Key | None) -> None:
-        """As `Keeper.put`, on this node and the next."""
+        """As `Keeper.put`, on this node and the next; one of them will do, for the other may be going down just now."""
         import numpy as np
         import ray
 
         shared = ray.put(np.frombuffer(content, dtype=np.uint8))
         place, text = (kept.rank, kept.key), kept.to_bytes()
-        ray.get([self.actors[node].put.remote(place, text, shared, keep) for node in self.mine], timeout=_PUT_SECONDS)
+        failed: list[Exception] = []
+        for given in [self.actors[node].put.remote(place, text, shared, keep) for node in self.mine]:
+            try:
+                ray.get(given, timeout=_PUT_SECONDS)
+            except ray.exceptions.RayError as error:
+                failed.append(error)
+        if len(failed) == len(self.mine):
+            raise failed[0]
 
     def find(self) -> list[Kept]:
         """As `Keeper.find`: what this node has first; a keeper that is gone or says nothing counts for nothing."""
