@@ -43,7 +43,7 @@ class HangWatch:
     def __init__(self, run_dir: Path, ranks: int, generation: int, limit: float | None) -> None:
         self.run_dir, self.ranks, self.generation, self.limit = run_dir, ranks, generation, limit
         self._seen: dict[int, _Seen] = {}
-        self._looked = 0.0
+        self._looked, self._began = 0.0, 0.0
         self._judged: dict[int, _Seen] = {}
         self._silent: list[int] = []
         self._ending = False
@@ -62,6 +62,7 @@ class HangWatch:
             if told is None:
                 self._ending |= rank in self._seen  # its heartbeat is taken away: it has ended its training
             elif rank not in self._seen or told["beat"] != self._seen[rank].told["beat"]:
+                self._began = self._began or now
                 self._seen[rank] = _Seen(told, now)
         blamed = self._blamed(now)
         if not blamed:
@@ -80,9 +81,9 @@ class HangWatch:
         """The ranks to blame, or none while nobody has been still for too long."""
         if self.limit is None or self._ending or not self._seen:
             return []  # still starting: what takes too long there is told by the time-out of the first collective
-        first = min(seen.at for seen in self._seen.values())
-        # Who never told anything is silent since the others began.
-        self._judged = {rank: self._seen.get(rank, _Seen(_UNSEEN, first)) for rank in range(self.ranks)}
+        # Who never told anything is silent since the first of the others began, however often those tell since.
+        unseen = _Seen(_UNSEEN, self._began)
+        self._judged = {rank: self._seen.get(rank, unseen) for rank in range(self.ranks)}
         still = [rank for rank, seen in self._judged.items() if seen.told["still_seconds"] > self.limit]
         # Where the others already stand still, who has not been heard for half as long will not be heard again.
         quiet = self.limit / 2 if still else self.limit

@@ -61,11 +61,16 @@ def heartbeat(run_dir: Path, place: tuple[int, int], step: Callable[[], int], ev
     ended = threading.Event()
 
     def beat() -> None:
-        while not ended.wait(every_seconds):
-            with suppress(OSError):  # a full disk must not stop what only watches
-                beating.beat()
+        with suppress(OSError):  # a full disk must not stop what only watches
+            beating.beat()
 
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    def go_on_beating() -> None:
+        while not ended.wait(every_seconds):
+            beat()
+
+    beat()  # at once: of a rank that is stopped in its first steps the launcher then knows the process
+
+    thread = threading.Thread(target=go_on_beating, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield

@@ -17,7 +17,7 @@ from launch.exit_codes import ExitCode
 from launch.hang_watch import HangWatch
 from moe_dist.errors import TrainingFault
 from moe_dist.runtime.generation import Fence, begin_generation
-from moe_dist.runtime.heartbeat import heartbeat, stack_file
+from moe_dist.runtime.heartbeat import heartbeat, heartbeat_file, stack_file
 from tests.faults.test_signals import config_path, finish, reached, start
 from tests.launch.conftest import alive, events, wait_until
 from tests.support.gang import run_gang
@@ -77,7 +77,9 @@ def test_stopped_rank_is_named_and_what_the_system_knows_is_saved(config_path: P
     _, said = finish(process, ExitCode.TRAINING_FAILED)
     assert "rank 1" in said and "no sign of life" in said
     assert "stopped" in (run_dir / "ranks" / "stack-00001.txt").read_text()
-    assert "all_reduce" in (run_dir / "ranks" / "stack-00000.txt").read_text()
+    main_thread = (run_dir / "ranks" / "stack-00000.txt").read_text().rpartition("most recent call first):\n")[2]
+    innermost = main_thread.splitlines()[0]  # in whichever collective of a step the other one was stopped
+    assert any(place in innermost for place in ("torch/distributed", "moe_dist/parallel/", "checkpoint/agree"))
     assert not alive(victim)
 
 
@@ -114,6 +116,26 @@ def test_older_generation_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(TrainingFault, match="generation 1; 2 has begun"):
         old.check()
     Fence().check()
+
+
+def test_rank_that_never_told_anything_is_named_while_another_goes_on_telling(tmp_path: Path) -> None:
+    watch = HangWatch(tmp_path, 2, 1, 0.5)
+    told: dict[str, Any] = {"generation": 1, "rank": 0, "step": 3, "still_seconds": 0.0, "waits": True}
+    fault = None
+    for beat in range(200):
+        text = json.dumps({**told, "beat": beat, "where": "here", "pid": 0, "host": ""})
+        heartbeat_file(tmp_path, 0).parent.mkdir(exist_ok=True)
+        heartbeat_file(tmp_path, 0).write_text(text)
+        if (fault := watch.look()) is not None:
+            break
+        time.sleep(0.05)
+    assert fault is not None and fault.where == "rank 1" and "no sign of life" in fault.value
+
+
+def test_process_of_a_rank_is_known_before_its_first_step(tmp_path: Path) -> None:
+    with heartbeat(tmp_path, (0, 1), lambda: 0, 3600.0):
+        told = json.loads(heartbeat_file(tmp_path, 0).read_text())
+    assert told["pid"] == os.getpid() and told["beat"] == 1
 
 
 def test_heartbeat_of_another_generation_counts_for_nothing(tmp_path: Path) -> None:
