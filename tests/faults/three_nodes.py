@@ -189,6 +189,24 @@ def play(folder: Path, *overrides: str) -> Found:
     return Found(recoveries, losses, undisturbed["losses"])
 
 
+def play_a_hang(folder: Path, limit: float) -> Found:
+    """A worker of two is stopped by SIGSTOP; then Ctrl-C, then the run that nothing disturbs."""
+    config, run_dir = write_config(folder), folder / "run"
+    flat = "optimizer.min_lr_fraction=1.0"
+    with cluster_of(2) as cluster:
+        asked = ["launch.workers=2", "launch.placement=strict_spread", f"launch.hang_timeout_seconds={limit}", flat]
+        process = command("train", str(config), f"run.dir={run_dir}", "--address", cluster.address, *asked)
+        run = Watched(run_dir, process)
+        wait_until(lambda: bool(run.steps()) or process.poll() is not None, 90, "the first step")
+        recovery = run.after("a worker hangs", lambda: os.kill(run.workers()[1]["pid"], signal.SIGSTOP), 2)
+        run.goes_on()
+        os.killpg(process.pid, signal.SIGINT)
+        losses = ended(process, 130)["losses"]
+    steps = [f"train.steps={len(losses)}", "run.dir=" + str(folder / "undisturbed"), flat]
+    undisturbed = ended(command("simulate", str(config), "--ranks=2", *steps), 0)
+    return Found([recovery], losses, undisturbed["losses"])
+
+
 def main() -> None:
     """Plays once and prints the table."""
     with tempfile.TemporaryDirectory() as made:
