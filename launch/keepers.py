@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_dist.checkpoint.memory import Kept, Key
+from moe_dist.checkpoint.memory import KeeperGone, Kept, Key
 from moe_dist.checkpoint.opened import Opened
 
 _PUT_SECONDS, _FIND_SECONDS, _READ_SECONDS = 60.0, 5.0, 60.0
@@ -89,20 +89,28 @@ class RayKeeper:
         self._where: dict[tuple[int, Key], str] = {}
 
     def put(self, kept: Kept, content: memoryview, keep: Key | None) -> None:
-        """As `Keeper.put`, on this node and the next; one of them will do, for the other may be going down just now."""
+        """As `Keeper.put`, on this node and the next.
+
+        The next node's copy is the one that counts: a node whose raylet is gone lets its ranks live on for seconds, in
+        which they could still give to themselves what is then lost with them.
+
+        Raises:
+            KeeperGone: The next node (this one, where there is no other) is gone, or does not answer.
+        """
         import numpy as np
         import ray
 
         shared = ray.put(np.frombuffer(content, dtype=np.uint8))
         place, text = (kept.rank, kept.key), kept.to_bytes()
-        failed: list[Exception] = []
-        for given in [self.actors[node].put.remote(place, text, shared, keep) for node in self.mine]:
-            try:
-                ray.get(given, timeout=_PUT_SECONDS)
-            except ray.exceptions.RayError as error:
-                failed.append(error)
-        if len(failed) == len(self.mine):
-            raise failed[0]
+        *own, counts = [self.actors[node].put.remote(place, text, shared, keep) for node in self.mine]
+        try:
+            ray.get(counts, timeout=_PUT_SECONDS)
+        except ray.exceptions.RayTaskError:
+            raise  # it lives, and refused
+        except ray.exceptions.RayError as error:
+            raise KeeperGone(f"the keeper of node {self.mine[-1]}: {str(error).splitlines()[0]}") from None
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(own, timeout=_PUT_SECONDS)
 
     def find(self) -> list[Kept]:
         """As `Keeper.find`: what this node has first; a keeper that is gone or says nothing counts for nothing."""

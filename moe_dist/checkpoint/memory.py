@@ -99,6 +99,10 @@ class InMemory:
     record: list[Any]
 
 
+class KeeperGone(RuntimeError):
+    """What held states is lost, as its node may be: the launcher starts the ranks again from the state before."""
+
+
 class Keeper(Protocol):
     """Holds parts; what it does may raise, and then counts as not done."""
 
@@ -140,21 +144,28 @@ class MemoryCopies:
 
         Raises:
             CheckpointError: On every rank alike: some rank's could not be given. The state before is still there.
+            KeeperGone: On every rank alike: some rank's keeper is gone.
         """
         mesh, key = self.mesh, Key(self.fence.number, saved.step)
         pinned = next(model.parameters()).device.type != "cpu"
         self._copy.begin(pieces.owned_shapes(model, optimizer, mesh), key.save, saved.step, pinned)
         self._copy.fill(pieces.owned_tensors(model, optimizer, mesh))
 
-        def give() -> None:
+        def give() -> bool:
             self.fence.check()
             part, content = self._copy.proven(store.part_name(mesh.rank, mesh.layout.ranks))
             stored = {**asdict(saved), "record": record()} if mesh.rank == 0 else None
             kept = Kept(key, mesh.rank, mesh.layout.ranks, str(mesh.layout), part, stored)
-            self.keeper.put(kept, content, self._whole)
+            try:
+                self.keeper.put(kept, content, self._whole)
+            except KeeperGone:
+                return False
+            return True
 
-        for outcome in on_every_rank(give, mesh):
-            outcome.unwrap()
+        there = [outcome.unwrap() for outcome in on_every_rank(give, mesh)]
+        if not all(there):
+            ranks = [rank for rank, given in enumerate(there) if not given]
+            raise KeeperGone(f"step {saved.step}: what keeps states of ranks {ranks} is gone")
         self._whole = key
 
     def find(self) -> list[InMemory]:

@@ -216,6 +216,6 @@ class ModelConfig(Section):
         return behind >= 0 and (behind + 1) % self.moe_every_layers == 0
 
     @property
-    def moe_blocks(self) -> list[int]:
-        """The blocks whose feed-forward is a mixture of experts, counted from 0."""
-        return [block for block in range(self.num_layers) if self.has_experts(block)]
+    def moe_blocks(self) -> range:
+        """The blocks whose feed-forward is a mixture of experts, counted from 0; no list, whatever a file may claim."""
+        return range(self.num_dense_layers + self.moe_every_layers - 1, self.num_layers, self.moe_every_layers)

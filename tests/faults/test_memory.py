@@ -185,13 +185,11 @@ def test_actor_of_a_node_holds_two_states_of_each_rank_and_refuses_an_older_gene
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_lost_worker_on_ray_loses_no_step_and_a_lost_node_at_most_one(tmp_path: Path) -> None:
+def test_lost_workers_and_nodes_on_ray_lose_no_step(tmp_path: Path) -> None:
     """The four faults of three_nodes.py; the disk has a checkpoint only where the run was asked to stop."""
     more = ("checkpoint.memory_every_steps=1", "checkpoint.every_steps=100000")
     found = play(tmp_path, "optimizer.min_lr_fraction=1.0", *more)
-    assert [recovery.ranks for recovery in found.recoveries] == [3, 3, 2, 3]
-    lost = [recovery.lost_steps for recovery in found.recoveries]
-    assert lost[0] == lost[3] == 0 and max(lost) <= 1  # a node that goes down may take the step it is making
+    assert [(recovery.ranks, recovery.lost_steps) for recovery in found.recoveries] == [(3, 0), (3, 0), (2, 0), (3, 0)]
     restored = events(tmp_path / "run", "restored")
     assert [event["path"] for event in restored] == [f"memory/step-{event['step']:08d}" for event in restored]
     assert found.losses == pytest.approx(found.undisturbed, rel=TWENTY_STEPS)
