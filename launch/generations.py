@@ -164,6 +164,7 @@ class _Supervision:
         self.run, self.gang, self.watch = run, gang, watch
         self.results: dict[int, Any] = {}
         self.looked, self.more_room, self.resized = time.monotonic(), 0, False
+        self.missing: set[str] = set()
         self.slow_at: float | None = time.monotonic() + _SLOW_START_SECONDS
 
     def outcome(self) -> dict[str, Any] | Exception:
@@ -229,7 +230,9 @@ class _Supervision:
             return
         self.looked, ranks = time.monotonic(), len(self.gang.nodes)
         nodes = living_nodes()
-        leaving = set(self.gang.nodes) - {node.name for node in nodes}
+        # Seen twice: a busy node may fail to answer once; one that is gone ends the generation by itself.
+        missing = set(self.gang.nodes) - {node.name for node in nodes}
+        leaving, self.missing = missing & self.missing, missing
         room = min(places(nodes, self.run.needs, launch.placement), launch.workers.max)
         self.more_room = self.more_room + 1 if room > ranks else 0
         if leaving:

@@ -175,9 +175,10 @@ class Recorder:
             self._board.flush()
 
     def close(self) -> None:
-        """Writes what is left, if it is still wanted."""
+        """Writes what is left, if it is still wanted; not a step that an exception took before its state was kept."""
         with contextlib.suppress(TrainingFault):
-            self.tell()
+            if sys.exception() is None:
+                self.tell()
             self.flush()
         if self._board is not None:
             self._board.close()
