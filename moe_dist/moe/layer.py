@@ -162,7 +162,7 @@ class MoELayer(nn.Module):
 
     def _shared(self, x_BSD: Tensor, places: object) -> Tensor:
         assert self.shared is not None, "asked only where there is a shared expert"
-        out_BSD = self.shared(x_BSD, places)
+        out_BSD = self.shared(x_BSD) if places is None else self.shared(x_BSD, places)
         return out_BSD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_BSD)) * out_BSD
 
     def _of_all_tokens(self, decision: RoutingDecision) -> tuple[Tensor, Tensor | None]:

@@ -140,7 +140,8 @@ def _prove_kills(case: Case, target: Path, workers: int, kills: int, seed: int) 
         Builder(tree, workers).kill_after(draw.randint(earliest, latest), draw.uniform(0, 0.02))
     folder, reports = Builder(tree, workers).finish()
     assert _files(folder) == _files(case.undisturbed)
-    assert max(report["found"] for report in reports) > 0
+    # Without a report the last kill came just after the build had its name, and there was nothing left to find.
+    assert not reports or max(report["found"] for report in reports) > 0
     assert list(target.iterdir()) == [folder]
 
 
