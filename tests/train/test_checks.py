@@ -164,8 +164,8 @@ def empty_rows_served(*given: Any) -> RoutingPlan:
     return replace(plan, served_E=plan.rows_E)
 
 
-def nothing_shared(self: MoELayer, x_TD: Tensor) -> Tensor:
-    return torch.zeros_like(x_TD)
+def nothing_shared(self: MoELayer, x_BSD: Tensor, places: object) -> Tensor:
+    return torch.zeros_like(x_BSD)
 
 
 LEFT_OUT = ("step 1, blocks.0.feed_forward.shared.gate_up.weight", "no gradient on 1 of 4 ranks", "part in the loss")
