@@ -26,6 +26,7 @@ from moe_dist.config import Config
 from moe_dist.model import Transformer
 from moe_dist.model.flops import training_flops_per_token
 from moe_dist.model.init import initialise
+from moe_dist.moe.product import has_onednn
 from moe_dist.optim import build_adamw
 from moe_dist.parallel.apply import parallelize
 from moe_dist.parallel.collectives import gather_objects
@@ -76,6 +77,9 @@ def run_worker(config: Config, build_dir: Path, process: Process) -> dict[str, A
     recorder.spent("restore", time.perf_counter() - started)
     recorder.open(trainer.step, config.train.steps, list_workers(process, mesh))
     recorder.message(f"{mesh.layout}; {process.device.type}, {torch.get_num_threads()} threads a rank")
+    if process.device.type == "cpu":
+        taken = "oneDNN" if has_onednn() else "torch's own library"
+        recorder.message(f"fp32 matrices are multiplied by {taken} (moe_dist/moe/product.py)")
     for backend in {layer.experts.backend for _, layer in trainee.model.moe_layers()}:
         recorder.message(f"experts multiply by the {backend!r} back end (model.moe.backend={config.model.moe.backend})")
 

@@ -14,6 +14,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.model.norm import RMSNorm
 from moe_dist.model.places import Places
 from moe_dist.model.rope import rotate
+from moe_dist.moe.product import Linear
 
 
 class Attention(nn.Module):
@@ -27,10 +28,10 @@ class Attention(nn.Module):
         asked, width = config.attention, config.head_width
         self.head_width, self.interleaved = width, config.rope_pairing == "interleaved"
         self.name, self.window = f"{number}.attention", window_of(config, number)
-        self.query = nn.Linear(config.width, config.num_heads * width, bias=asked.qkv_bias)
-        self.key = nn.Linear(config.width, config.num_kv_heads * width, bias=asked.qkv_bias)
-        self.value = nn.Linear(config.width, config.num_kv_heads * width, bias=asked.qkv_bias)
-        self.output = nn.Linear(config.num_heads * width, config.width, bias=asked.output_bias)
+        self.query = Linear(config.width, config.num_heads * width, bias=asked.qkv_bias)
+        self.key = Linear(config.width, config.num_kv_heads * width, bias=asked.qkv_bias)
+        self.value = Linear(config.width, config.num_kv_heads * width, bias=asked.qkv_bias)
+        self.output = Linear(config.num_heads * width, config.width, bias=asked.output_bias)
         self.qk_norm = asked.qk_norm
         if self.qk_norm != "none":
             heads = (1, 1) if self.qk_norm == "head" else (config.num_heads, config.num_kv_heads)

@@ -8,6 +8,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.model.mix import Adapter, CausalMix
 from moe_dist.model.places import Places
 from moe_dist.moe.activation import activation_of
+from moe_dist.moe.product import Linear
 
 
 class FeedForward(nn.Module):
@@ -26,9 +27,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation, bias = activation_of(config.ffn_activation), config.ffn_bias
         gated = self.activation.parts == 2
-        self.gate_up = nn.Linear(config.width, 2 * inner, bias=bias) if gated else None
-        self.up = None if gated else nn.Linear(config.width, inner, bias=bias)
-        self.down = nn.Linear(inner, config.width, bias=bias)
+        self.gate_up = Linear(config.width, 2 * inner, bias=bias) if gated else None
+        self.up = None if gated else Linear(config.width, inner, bias=bias)
+        self.down = Linear(inner, config.width, bias=bias)
         self.mix: CausalMix | Adapter | None = None
         name = f"{number}.mix"
         if config.mix.kind == "conv":
@@ -37,10 +38,10 @@ class FeedForward(nn.Module):
             self.mix = Adapter(config, name)
 
     @property
-    def first(self) -> tuple[str, nn.Linear]:
+    def first(self) -> tuple[str, Linear]:
         """Name and map of the first product."""
         name = "up" if self.gate_up is None else "gate_up"
-        linear: nn.Linear = getattr(self, name)
+        linear: Linear = getattr(self, name)
         return name, linear
 
     def forward(self, x_BSD: Tensor, places: Places | None = None) -> Tensor:

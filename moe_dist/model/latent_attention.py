@@ -22,6 +22,7 @@ from moe_dist.model.attention import attend, seen_by, window_of
 from moe_dist.model.norm import RMSNorm
 from moe_dist.model.places import Places
 from moe_dist.model.rope import rotate, score_factor
+from moe_dist.moe.product import Linear
 
 
 class LatentAttention(nn.Module):
@@ -36,15 +37,15 @@ class LatentAttention(nn.Module):
         each = self.plain + self.turned
         self.scale = each**-0.5 * score_factor(config.rope_scaling)
         if widths.query_rank is None:
-            self.query = nn.Linear(config.width, config.num_heads * each, bias=False)
+            self.query = Linear(config.width, config.num_heads * each, bias=False)
         else:
-            self.query_down = nn.Linear(config.width, widths.query_rank, bias=False)
+            self.query_down = Linear(config.width, widths.query_rank, bias=False)
             self.query_norm = RMSNorm(widths.query_rank, config.norm_eps)
-            self.query_up = nn.Linear(widths.query_rank, config.num_heads * each, bias=False)
-        self.kv_down = nn.Linear(config.width, self.rank + self.turned, bias=False)
+            self.query_up = Linear(widths.query_rank, config.num_heads * each, bias=False)
+        self.kv_down = Linear(config.width, self.rank + self.turned, bias=False)
         self.kv_norm = RMSNorm(self.rank, config.norm_eps)
-        self.kv_up = nn.Linear(self.rank, config.num_heads * (self.plain + self.value_width), bias=False)
-        self.output = nn.Linear(config.num_heads * self.value_width, config.width, bias=asked.output_bias)
+        self.kv_up = Linear(self.rank, config.num_heads * (self.plain + self.value_width), bias=False)
+        self.output = Linear(config.num_heads * self.value_width, config.width, bias=asked.output_bias)
         self.sinks = nn.Parameter(torch.empty(config.num_heads)) if asked.sinks else None
 
     def forward(self, x_BSD: Tensor, places: Places) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
 from moe_dist.model.places import Places
+from moe_dist.moe.product import Linear
 
 
 class CausalMix(nn.Module):
@@ -55,9 +56,9 @@ class Adapter(nn.Module):
     def __init__(self, config: ModelConfig, name: str) -> None:
         super().__init__()
         asked = config.mix
-        self.narrow = nn.Linear(config.width, asked.rank, bias=False)
+        self.narrow = Linear(config.width, asked.rank, bias=False)
         self.conv = CausalMix(asked.rank, asked.kernel_tokens, name)
-        self.wide = nn.Linear(asked.rank, config.width, bias=False)
+        self.wide = Linear(asked.rank, config.width, bias=False)
 
     def forward(self, x_BSD: Tensor, places: Places) -> Tensor:
         return self.wide(self.conv(self.narrow(x_BSD), places))

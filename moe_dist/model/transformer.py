@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
@@ -17,6 +16,7 @@ from moe_dist.model.vocabulary import VocabularyShare, WholeVocabulary
 from moe_dist.moe.decision import RoutingContext
 from moe_dist.moe.layer import AllTokens, MoELayer, MoERecord, TokenShare
 from moe_dist.moe.ledger import Choices
+from moe_dist.moe.product import Linear, linear
 from moe_dist.moe.randomness import Draw
 
 
@@ -31,7 +31,7 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(config.max_positions_tokens, config.width) if learned else None
         self.blocks = nn.ModuleList(Block(config, number) for number in range(config.num_layers))
         self.final_norm = norm_of(config)
-        self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
         # Set by `parallel` where processes share the vocabulary, and the tokens between what is cut.
         self.vocabulary: VocabularyShare = WholeVocabulary()
         self.tokens: TokenShare = AllTokens()
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, [..., V], of hidden states [..., D]."""
-        return F.linear(hidden, self.output_weight)
+        return linear(hidden, self.output_weight)
 
     def moe_layers(self) -> Iterator[tuple[str, MoELayer]]:
         """(name, layer) of every mixture-of-experts layer, in order."""

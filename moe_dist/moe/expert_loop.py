@@ -26,6 +26,7 @@ from torch import Tensor
 from moe_dist.moe.activation import Activation
 from moe_dist.moe.dispatch import weighted_sum
 from moe_dist.moe.plan import RoutingPlan
+from moe_dist.moe.product import padded, product, product_into, takes_onednn
 
 _IDLE_FRACTION = 0.1  # of the threads' time that may be lost to an expert that outlasts the others
 
@@ -64,24 +65,25 @@ def loop_tokens(x_TD: Tensor, gate_TK: Tensor, first: Tensor, down: Tensor, job:
 class _ExpertLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_TK: Tensor | None, first: Tensor, down: Tensor, job: Job) -> Tensor:
-        source = _Source.of(job)
-        kept = _Kept.empty(x, first, down, job)
+        source = _Source.of(job, takes_onednn(x, first, down))
+        kept = _Kept.empty(job)
         y_ND = x.new_empty(sum(job.counts_L), down.shape[2])
 
         def expert_forward(expert: int, rows: slice) -> None:
-            active_RF = kept.fill(source.take(x, rows), first[expert], rows)
-            torch.mm(active_RF, down[expert], out=y_ND[rows])
+            active_RF = kept.fill(expert, source.take(x, rows), first[expert])
+            product_into(y_ND[rows], active_RF, down[expert])
 
         _for_each_expert(expert_forward, job.counts_L, x.device)
-        ctx.save_for_backward(x, gate_TK, first, down, kept.hidden, kept.by_product, kept.active)
-        ctx.job = job
+        ctx.save_for_backward(x, gate_TK, first, down, *kept.hidden, *kept.by_product, *kept.active)
+        ctx.job, ctx.source = job, source
         return y_ND if job.plan is None or gate_TK is None else weighted_sum(y_ND, gate_TK, job.plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
         x, gate_TK, first, down, *buffers = ctx.saved_tensors
         job: Job = ctx.job
-        source, kept = _Source.of(job), _Kept.again(job, buffers)
+        source: _Source = ctx.source
+        kept = _Kept.again(job, buffers)
         grad_out = grads[0].contiguous()
         gate_N = None if gate_TK is None or job.plan is None else job.plan.of_rows(gate_TK)
         slope_N = None if gate_N is None else torch.empty_like(gate_N)
@@ -94,19 +96,20 @@ class _ExpertLoop(torch.autograd.Function):
 
         def expert_backward(expert: int, rows: slice) -> None:
             x_RD, grad_RD = source.take(x, rows), source.take(grad_out, rows)
-            hidden_RH, active_RF, by_product = kept.read(x_RD, first[expert], rows)
-            grad_active_RF = grad_RD @ down[expert].T
+            hidden_RH, active_RF, by_product = kept.read(expert, x_RD, first[expert])
+            grad_active_RF = product(grad_RD, down[expert].T)
             if gate_N is not None and slope_N is not None:
-                slope_N[rows] = torch.linalg.vecdot(active_RF, grad_active_RF)
+                count = rows.stop - rows.start
+                slope_N[rows] = torch.linalg.vecdot(active_RF, grad_active_RF)[:count]
                 # The gate multiplies what is D wide, not what is F wide: here, and where `grad_rows` are summed.
-                grad_RD.mul_(gate_N[rows, None])
-                x_RD.mul_(gate_N[rows, None])
-            torch.mm(active_RF.T, grad_RD, out=grad_down[expert])
+                grad_RD[:count].mul_(gate_N[rows, None])
+                x_RD[:count].mul_(gate_N[rows, None])
+            product_into(grad_down[expert], active_RF.T, grad_RD)
             job.activation.backward(*job.parts(hidden_RH), by_product=by_product, grad_RF=grad_active_RF)
             # What is not needed again goes at once: wide experts would otherwise set the peak of a whole step.
             del active_RF, grad_RD, by_product, grad_active_RF
-            torch.mm(hidden_RH, first[expert], out=grad_rows[rows])
-            torch.mm(hidden_RH.T, x_RD, out=grad_first[expert])
+            product_into(grad_rows[rows], hidden_RH, first[expert])
+            product_into(grad_first[expert], hidden_RH.T, x_RD)
 
         with torch.autocast(x.device.type, enabled=False):
             _for_each_expert(expert_backward, job.counts_L, x.device)
@@ -117,78 +120,84 @@ class _ExpertLoop(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Source:
-    """Where an expert finds its rows: by their tokens, or where they lie."""
+    """Where an expert finds its rows: by their tokens, or where they lie; and whether rows of zeros stand behind them.
+
+    A row of zeros stays one through every activation and adds nothing to a gradient.
+    """
 
     token_N: Tensor | None
+    pads: bool
 
     @staticmethod
-    def of(job: Job) -> _Source:
-        return _Source(None if job.plan is None else job.plan.token_N)
+    def of(job: Job, pads: bool) -> _Source:
+        return _Source(None if job.plan is None else job.plan.token_N, pads)
 
     def take(self, x: Tensor, rows: slice) -> Tensor:
-        return x[rows] if self.token_N is None else x.index_select(0, self.token_N[rows])
+        """An expert's rows; the caller's to overwrite where they are gathered."""
+        count = rows.stop - rows.start
+        size = padded(count) if self.pads else count
+        if size == count:
+            return x[rows] if self.token_N is None else x.index_select(0, self.token_N[rows])
+        taken = x.new_empty(size, x.shape[1])
+        taken[count:].zero_()
+        if self.token_N is None:
+            taken[:count].copy_(x[rows])
+        else:
+            torch.index_select(x, 0, self.token_N[rows], out=taken[:count])
+        return taken
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What lies between forward and backward: nothing, the first product, or also its activation.
+    """What lies between forward and backward: nothing, the first product, or also its activation; by expert.
 
     Where the graph is kept for another backward, `read` hands out copies; else what was kept may be overwritten.
     """
 
     job: Job
-    hidden: Tensor | None = None
-    by_product: Tensor | None = None
-    active: Tensor | None = None
+    hidden: list[Tensor | None]
+    by_product: list[Tensor | None]
+    active: list[Tensor | None]
     copies: bool = False
 
     @staticmethod
-    def empty(x: Tensor, first: Tensor, down: Tensor, job: Job) -> _Kept:
-        rows = sum(job.counts_L)
-        hidden = by_product = active = None
-        if job.recompute != "projections":
-            hidden = x.new_empty(rows, first.shape[1])
-        if job.recompute == "nothing":
-            active = x.new_empty(rows, down.shape[1])
-            by_product = torch.empty_like(active) if job.activation.parts == 2 else None
-        return _Kept(job, hidden, by_product, active)
+    def empty(job: Job) -> _Kept:
+        experts = len(job.counts_L)
+        return _Kept(job, [None] * experts, [None] * experts, [None] * experts)
 
     @staticmethod
     def again(job: Job, buffers: list[Tensor | None]) -> _Kept:
-        """What `empty` made, in the backward."""
-        hidden, by_product, active = buffers
+        """What `fill` kept, in the backward."""
+        experts = len(job.counts_L)
+        hidden, by_product, active = (buffers[start : start + experts] for start in (0, experts, 2 * experts))
         return _Kept(job, hidden, by_product, active, torch._C._autograd._get_current_graph_task_keep_graph())
 
-    def fill(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> Tensor:
+    def fill(self, expert: int, x_RD: Tensor, first_HD: Tensor) -> Tensor:
         """The activation of an expert's rows; what leads to it is kept as the job says."""
-        active_RF, by_product = self._activate(self._product(x_RD, first_HD, rows))
-        if self.active is not None:
-            self.active[rows] = active_RF
-        if self.by_product is not None and by_product is not None:
-            self.by_product[rows] = by_product
+        hidden_RH = product(x_RD, first_HD.T)
+        active_RF, by_product = self._activate(hidden_RH)
+        if self.job.recompute != "projections":
+            self.hidden[expert] = hidden_RH
+        if self.job.recompute == "nothing":
+            self.active[expert], self.by_product[expert] = active_RF, by_product
         return active_RF
 
-    def read(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(self, expert: int, x_RD: Tensor, first_HD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(first product, activation, by-product) in the backward: where they were kept, or computed again.
 
         The first product is the caller's to overwrite.
         """
-        if self.hidden is None:
-            hidden_RH = self._product(x_RD, first_HD, rows)
-        else:
-            hidden_RH = self.hidden[rows].clone() if self.copies else self.hidden[rows]
-        if self.active is None:
+        hidden_RH, active_RF = self.hidden[expert], self.active[expert]
+        if hidden_RH is None:
+            hidden_RH = product(x_RD, first_HD.T)
+        elif self.copies:
+            hidden_RH = hidden_RH.clone()
+        if active_RF is None:
             return hidden_RH, *self._activate(hidden_RH)
-        return hidden_RH, self.active[rows], None if self.by_product is None else self.by_product[rows]
+        return hidden_RH, active_RF, self.by_product[expert]
 
     def _activate(self, hidden_RH: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.job.activation.forward(*self.job.parts(hidden_RH))
-
-    def _product(self, x_RD: Tensor, first_HD: Tensor, rows: slice) -> Tensor:
-        """The first product, written where it is kept."""
-        if self.hidden is None:
-            return x_RD @ first_HD.T
-        return torch.mm(x_RD, first_HD.T, out=self.hidden[rows])
 
 
 def _for_each_expert(work: Callable[[int, slice], None], counts_L: list[int], device: torch.device) -> None:

@@ -25,6 +25,7 @@ from moe_dist.moe.dispatch import Dispatcher, Journey, LocalDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.ledger import Choices
 from moe_dist.moe.plan import Capacity, RoutingPlan, demand_of, follow_plan, make_plan
+from moe_dist.moe.product import Linear
 from moe_dist.moe.router import build_router
 
 
@@ -114,9 +115,9 @@ class MoELayer(nn.Module):
         self.experts = Experts(width, config)
         self.shared = shared
         gated, latent = shared is not None and config.shared_expert_gate, config.latent_width
-        self.shared_gate = nn.Linear(width, 1, bias=False) if gated else None
-        self.latent_in = nn.Linear(width, latent, bias=False) if latent else None
-        self.latent_out = nn.Linear(latent, width, bias=False) if latent else None
+        self.shared_gate = Linear(width, 1, bias=False) if gated else None
+        self.latent_in = Linear(width, latent, bias=False) if latent else None
+        self.latent_out = Linear(latent, width, bias=False) if latent else None
         self.dispatcher: Dispatcher = LocalDispatcher(config.weigh == "input")
         self.sum_over_ranks: Callable[[Tensor], Tensor] = _only_here
         self.tokens: TokenShare = AllTokens()

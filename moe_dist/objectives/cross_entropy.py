@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.model.vocabulary import VocabularyShare
+from moe_dist.moe.product import add_product, product
 
 
 def summed_nats(
@@ -48,7 +49,7 @@ def nats_of_tokens(
     weight_VD, nats_T = weight_VD.to(narrow), hidden_TD.new_empty(len(target_T), dtype=exact)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         for rows in _chunks(len(target_T), chunk):
-            logits_CV = (hidden_TD[rows].to(narrow) @ weight_VD.T).to(exact)
+            logits_CV = product(hidden_TD[rows].to(narrow), weight_VD.T).to(exact)
             nats_T[rows] = score(logits_CV, target_T[rows], vocabulary)[0]
             del logits_CV  # before the next are made
     return nats_T
@@ -81,13 +82,10 @@ class _SummedNats(torch.autograd.Function):
 
         def take(rows: slice) -> None:
             h_CD = hidden_TD[rows].to(narrow)
-            nats_T[rows], slope_CV = score((h_CD @ narrow_VD.T).to(exact), target_T[rows], vocabulary)
+            nats_T[rows], slope_CV = score(product(h_CD, narrow_VD.T).to(exact), target_T[rows], vocabulary)
             slope_CV = slope_CV.to(narrow)
-            grad_TD[rows] = slope_CV @ narrow_VD
-            if narrow == grad_VD.dtype:
-                grad_VD.addmm_(slope_CV.T, h_CD)
-            else:
-                grad_VD.add_(slope_CV.T @ h_CD)
+            grad_TD[rows] = product(slope_CV, narrow_VD)
+            add_product(grad_VD, slope_CV.T, h_CD)
 
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for rows in _chunks(len(target_T), chunk):

@@ -31,6 +31,7 @@ from moe_dist.model.naming import Cut, GlobalTensor
 from moe_dist.model.norm import RMSNorm
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.product import Linear, linear
 from moe_dist.parallel.collectives import arrived_rows, start_rows, summed
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.waits import waiting
@@ -148,11 +149,11 @@ def sum_and_scatter(y_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return arrived_rows(start_rows(y_TD, each, each, group)).unflatten(0, (ranks, -1)).sum(0)
 
 
-class PartialLinear(nn.Linear):
+class PartialLinear(Linear):
     """The input channels here of a linear map: partial sums, to which no rank adds the bias, see `_exchange_around`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class CutRMSNorm(nn.Module):
@@ -176,9 +177,9 @@ def _cut_heads(attention: Attention | LatentAttention, cut: Cut, group: dist.Pro
     What heads share stays whole, and every rank makes it of all tokens: norms of a head, and the way down to latents.
     A rank has the part of its gradient that comes through its heads, so that it too is summed over all ranks.
     """
-    for name, linear in list(attention.named_children()):
+    for name, whole in list(attention.named_children()):
         if name in ("query", "key", "value", "query_up", "kv_up"):
-            setattr(attention, name, _cut_linear(cast(nn.Linear, linear), cut))
+            setattr(attention, name, _cut_linear(cast(Linear, whole), cut))
     attention.output = _cut_linear(attention.output, replace(cut, dim=1))
     if isinstance(attention, Attention) and attention.qk_norm == "whole":
         for name in ("query_norm", "key_norm"):
@@ -188,11 +189,11 @@ def _cut_heads(attention: Attention | LatentAttention, cut: Cut, group: dist.Pro
         attention.cuts = {"sinks": cut}  # type: ignore[assignment]
 
 
-def _cut_linear(whole: nn.Linear, cut: Cut) -> nn.Linear:
+def _cut_linear(whole: Linear, cut: Cut) -> Linear:
     """A linear map of whose weight [out, in] this is a cut, and of whose bias where outputs are cut."""
     size = list(whole.weight.shape)
     size[cut.dim] //= cut.parts
-    kind = PartialLinear if cut.dim else nn.Linear
+    kind = PartialLinear if cut.dim else Linear
     held = kind(size[1], size[0], bias=whole.bias is not None)
     held.cuts = {"weight": cut} if cut.dim else {"weight": cut, "bias": cut}  # type: ignore[assignment]
     return held

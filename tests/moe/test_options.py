@@ -233,8 +233,8 @@ def test_options_a_row_that_is_empty_reaches_neither_output_nor_gradient():
 
 
 def test_planted_mistakes_of_the_loop_are_each_caught(monkeypatch):
-    def stale(self, x_RD, first_DH, rows):
-        return original(self, x_RD.flip(0), first_DH, rows)
+    def stale(self, expert, x_RD, first_HD):
+        return original(self, expert, x_RD.flip(0), first_HD)
 
     original = _Kept.read
     monkeypatch.setattr(_Kept, "read", stale)
